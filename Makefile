@@ -1,0 +1,54 @@
+# make demo   venv, install, and the main job on the embedded model (ARGS=--once ends by itself)
+# make test   venv, everything the tests need, then the tests (ARGS="-k guard" to choose)
+# make lint   ruff          make types   mypy          make check   lint, types and tests
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+ARGS   ?=
+
+.PHONY: demo test lint types format check install clean
+
+demo: $(VENV)/.demo
+	$(BIN)/guardserve demo $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.lint $(VENV)/.test
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint types test
+
+install: $(VENV)/.demo
+
+# pip 25.1 is the first that reads dependency groups
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) 'pip>=25.1'
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --group test
+	$(PIP) --no-deps --group materials
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.venv pyproject.toml constraints.txt
+	$(PIP) --group lint
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

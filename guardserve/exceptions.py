@@ -1,0 +1,76 @@
+"""The errors that guardserve raises.
+
+Every one of them names what was wrong (the module, the field, the value seen) and the remedy::
+
+    GuardserveError
+    ├── SettingsError              a setting or command-line value
+    ├── MissingExtraError          an optional dependency (also an ImportError)
+    ├── ModelLoadError             a model could not be loaded
+    │   └── PickleRefusedError     loading it would run pickled code
+    ├── InputError                 an inference request's tensors do not fit the model (also a ValueError)
+    └── GuardError                 a safeguard stopped an inference
+        ├── NonFiniteOutputError   an output holds NaN or infinity
+        └── TrainingModeError      a module was found training where that is unsafe
+"""
+
+from __future__ import annotations
+
+
+class GuardserveError(Exception):
+    """Base of every error raised by guardserve."""
+
+
+class SettingsError(GuardserveError):
+    """A setting has a value that cannot be used."""
+
+
+class MissingExtraError(GuardserveError, ImportError):
+    """An optional dependency is not installed.
+
+    Args:
+        feature: What was asked for, as the user would call it.
+        extra: The extra of the distribution that brings it.
+    """
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f'{feature} needs the "{extra}" extra: pip install "guardserve[{extra}]"')
+        self.extra = extra
+
+
+class ModelLoadError(GuardserveError):
+    """A model could not be loaded from what the user named."""
+
+
+class PickleRefusedError(ModelLoadError):
+    """Loading the file would run code from a pickle, which was not allowed."""
+
+
+class InputError(GuardserveError, ValueError):
+    """The tensors of an inference request do not fit the model's signature."""
+
+
+class GuardError(GuardserveError):
+    """A safeguard stopped an inference."""
+
+
+class NonFiniteOutputError(GuardError):
+    """A model output holds NaN or infinity.
+
+    Attributes:
+        output: Path of the first bad output, such as ``output`` or ``output['logits']``.
+        count: Number of non-finite values in that output.
+        total: Number of values in that output.
+        module: Qualified name of the first module whose output was non-finite although its inputs
+            were finite, or None when it could not be found.
+    """
+
+    def __init__(self, message: str, *, output: str, count: int, total: int, module: str | None = None) -> None:
+        super().__init__(message)
+        self.output = output
+        self.count = count
+        self.total = total
+        self.module = module
+
+
+class TrainingModeError(GuardError):
+    """A module is in training mode and cannot be, or was not, put in eval mode."""

@@ -1,0 +1,43 @@
+"""What a model takes and gives: named tensors with a dtype and a shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named input or output of a model.
+
+    Attributes:
+        name: Name by which requests and responses refer to the tensor.
+        dtype: Element type.
+        shape: Sizes **including** the batch dimension, which comes first; -1 stands for any size.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def example(self, batch_size: int = 1) -> torch.Tensor:
+        """Make a deterministic tensor that fits this spec: normal noise for floats, zeros otherwise.
+
+        A free batch dimension becomes ``batch_size``; any other free dimension becomes 1.
+        """
+        sizes = [1 if size == -1 else size for size in self.shape]
+        if self.shape and self.shape[0] == -1:
+            sizes[0] = batch_size
+        if not self.dtype.is_floating_point:
+            return torch.zeros(sizes, dtype=self.dtype)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(sizes, generator=generator).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The inputs and outputs of a model, in the order in which its forward takes and returns them."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...] = ()
