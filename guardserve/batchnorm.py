@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 BatchNorm: TypeAlias = _BatchNorm
 
@@ -37,7 +38,7 @@ def has_running_stats(layer: BatchNorm) -> bool:
     return (
         isinstance(layer.running_mean, torch.Tensor)
         and isinstance(layer.running_var, torch.Tensor)
-        and not isinstance(layer.running_mean, nn.parameter.UninitializedTensorMixin)
+        and not is_lazy(layer.running_mean)
     )
 
 

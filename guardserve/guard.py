@@ -1,0 +1,292 @@
+"""EvalGuard: inference in eval mode and without gradients, whatever the model's flags say."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+import types
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, overload
+
+import torch
+from torch import nn
+
+from guardserve.exceptions import NonFiniteOutputError
+from guardserve.modes import EvalHold
+from guardserve.nonfinite import NonFinite, find_nonfinite
+from guardserve.tracing import trace_nonfinite
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NonFinitePolicy = Literal["raise", "warn", "ignore"]
+
+_log = logging.getLogger(__name__)
+
+
+class NonFiniteOutputWarning(RuntimeWarning):
+    """A guarded model returned NaN or infinity, and the policy is ``"warn"``."""
+
+
+class EvalGuard:
+    """Runs a model in eval mode and without gradients, and gives every module its own flag back.
+
+    The guard can be called, entered or used as a decorator, nested and from many threads at once::
+
+        guard = EvalGuard(model)
+        logits = guard(x)                   # one forward, its outputs checked for NaN and infinity
+
+        with EvalGuard(model) as m:         # a block; m is the model
+            features = m.features(x)
+
+        @guard                              # a function, method, generator or coroutine function
+        def predict(self, x): ...
+
+    Each module's own ``training`` flag is kept and restored, not the root's, so BatchNorm layers that a
+    fine-tuner froze stay frozen afterwards, also when the forward raises. While several threads are inside,
+    the flags are restored when the last one leaves.
+
+    A block that is entered turns gradients off for its thread; it must be left in the thread that entered
+    it. Decorated generators and coroutines are guarded while they run and not while they are suspended.
+
+    Args:
+        model: The model, in any mode.
+        on_nonfinite: What to do when an output of a call or of a decorated function holds NaN or infinity:
+            ``"raise"`` a :class:`NonFiniteOutputError`, ``"warn"`` with a :class:`NonFiniteOutputWarning`,
+            or ``"ignore"`` it. It is counted in any case.
+        inference_mode: Call the model under ``torch.inference_mode()`` rather than ``torch.no_grad()``. It is
+            a little faster, but autograd can never use the outputs.
+
+    Attributes:
+        module: The model.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, on_nonfinite: NonFinitePolicy = "raise", inference_mode: bool = False
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"EvalGuard needs a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+        if on_nonfinite not in get_args(NonFinitePolicy):
+            raise ValueError(f"on_nonfinite={on_nonfinite!r}: use one of {', '.join(get_args(NonFinitePolicy))}")
+        self.module = model
+        self._on_nonfinite = on_nonfinite
+        self._inference_mode = inference_mode
+        self._hold = EvalHold(model)
+        self._counts: Counter[str] = Counter()
+        self._counts_lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, self._hold.close)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What the guard has met so far.
+
+        ``calls``; ``nonfinite_outputs`` (calls with a non-finite output); ``nonfinite_values``;
+        ``training_on_entry`` (calls or blocks that found a module training);
+        ``training_during_forward`` (modules that were put in training mode inside a call or block).
+        """
+        with self._counts_lock:
+            counts = dict.fromkeys(COUNTS, 0) | self._counts
+            counts["training_during_forward"] += self._hold.interventions
+        return counts
+
+    def close(self) -> None:
+        """Remove the guard's hooks from the model. It also happens when the guard is garbage."""
+        self._finalizer()
+
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Callable[P, R]: ...
+    @overload
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, or decorate a function.
+
+        Raises:
+            NonFiniteOutputError: If an output holds NaN or infinity and the policy is ``"raise"``.
+        """
+        if len(args) == 1 and not kwargs and isinstance(args[0], (types.FunctionType, types.MethodType)):
+            return self._decorate(args[0])
+        self._enter()
+        try:
+            with torch.inference_mode() if self._inference_mode else torch.no_grad():
+                output = self.module(*args, **kwargs)
+        finally:
+            self._leave()
+        self._count("calls")
+        self.check(output, lambda: trace_nonfinite(self.module, *args, **kwargs))
+        return output
+
+    def __enter__(self) -> nn.Module:
+        """Enter a block: eval mode, and gradients off in this thread."""
+        self._enter()
+        _grad.disable()
+        return self.module
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Leave the block, restoring the flags unless another holder is still inside."""
+        self._leave()
+        _grad.restore()
+
+    def __reduce__(self) -> tuple[Callable[..., EvalGuard], tuple[nn.Module]]:
+        """Copy and pickle as a fresh guard of the copied model."""
+        options = {"on_nonfinite": self._on_nonfinite, "inference_mode": self._inference_mode}
+        return functools.partial(EvalGuard, **options), (self.module,)  # type: ignore[arg-type]
+
+    def check(self, output: object, trace: Callable[[], object] = lambda: None) -> list[NonFinite]:
+        """Apply the non-finite policy to an output that the guard's model has given.
+
+        Args:
+            output: Tensors, nested in any way.
+            trace: Called when one of them is non-finite, to name where it arose.
+
+        Returns:
+            The non-finite tensors, empty when all is well.
+
+        Raises:
+            NonFiniteOutputError: If there is one and the policy is ``"raise"``.
+        """
+        found = list(find_nonfinite(output))
+        if not found:
+            return found
+        self._count("nonfinite_outputs")
+        self._count("nonfinite_values", sum(bad.count for bad in found))
+        if self._on_nonfinite == "ignore":
+            return found
+        origin = trace()
+        message = "; ".join(str(bad) for bad in found)
+        message += f"; it arose in {origin}" if origin is not None else "; where it arose was not found"
+        if self._on_nonfinite == "raise":
+            bad = found[0]
+            module = getattr(origin, "module", None)
+            raise NonFiniteOutputError(message, output=bad.path, count=bad.count, total=bad.total, module=module)
+        warnings.warn(message, NonFiniteOutputWarning, stacklevel=3)
+        return found
+
+    def _enter(self) -> None:
+        found = self._hold.acquire()
+        if found:
+            self._count("training_on_entry")
+            if self._counts["training_on_entry"] == 1:
+                _log.warning(
+                    "%s was in training mode (%s); the guard runs it in eval mode. Call .eval() once it is loaded",
+                    type(self.module).__name__,
+                    _some(self._hold.names(found)),
+                )
+
+    def _leave(self) -> None:
+        flipped = self._hold.release()
+        if flipped:
+            self._count("training_during_forward", len(flipped))
+            _log.warning("put in training mode during inference: %s", _some(self._hold.names(flipped)))
+
+    def _count(self, what: str, by: int = 1) -> None:
+        with self._counts_lock:
+            self._counts[what] += by
+
+    def _decorate(self, function: Callable[P, Any]) -> Callable[P, Any]:
+        """Guard a function; a generator or coroutine is guarded step by step, so never while suspended."""
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
+                output = await types.coroutine(self._steps)(function(*args, **kwargs))
+                self.check(output)
+                return output
+
+            return coroutine
+        if inspect.isasyncgenfunction(function):
+
+            @functools.wraps(function)
+            async def async_generator(*args: P.args, **kwargs: P.kwargs) -> Any:
+                items = function(*args, **kwargs)
+                try:
+                    while True:
+                        try:
+                            item = await types.coroutine(self._steps)(items.__anext__())
+                        except StopAsyncIteration:
+                            return
+                        self.check(item)
+                        yield item
+                finally:
+                    await items.aclose()
+
+            return async_generator
+        if inspect.isgeneratorfunction(function):
+
+            @functools.wraps(function)
+            def generator(*args: P.args, **kwargs: P.kwargs) -> Any:
+                return (yield from self._steps(function(*args, **kwargs), self.check))
+
+            return generator
+
+        @functools.wraps(function)
+        def plain(*args: P.args, **kwargs: P.kwargs) -> Any:
+            with self:
+                output = function(*args, **kwargs)
+            self.check(output)
+            return output
+
+        return plain
+
+    def _steps(self, inner: Any, check: Callable[[Any], object] = lambda _: None) -> Generator[Any, Any, Any]:
+        """Drive a generator or coroutine, guarding each step and not the pauses between them."""
+        resume: Callable[[], Any] = functools.partial(inner.send, None)
+        while True:
+            try:
+                with self:
+                    item = resume()
+            except StopIteration as stop:
+                return stop.value
+            check(item)
+            try:
+                sent = yield item
+            except GeneratorExit:
+                inner.close()
+                raise
+            except BaseException as error:  # noqa: BLE001 - whatever is thrown in belongs to the inner one
+                resume = functools.partial(inner.throw, error)
+            else:
+                resume = functools.partial(inner.send, sent)
+
+
+COUNTS = ("calls", "nonfinite_outputs", "nonfinite_values", "training_on_entry", "training_during_forward")
+
+
+class _ThreadGrad(threading.local):
+    """Gradients off for a thread while any block of it is open, in whatever order the blocks end.
+
+    Coroutines of one thread may leave their blocks in another order than they entered them; saving and
+    restoring in each would turn gradients on under one that is still inside.
+    """
+
+    depth = 0
+    before = True
+
+    def disable(self) -> None:
+        if self.depth == 0:
+            self.before = torch.is_grad_enabled()
+        self.depth += 1
+        torch.set_grad_enabled(False)
+
+    def restore(self) -> None:
+        if self.depth == 0:
+            raise RuntimeError(
+                "this EvalGuard block was entered in another thread, where gradients now stay off; "
+                "enter and leave it in one thread, or call the guard itself for each forward"
+            )
+        self.depth -= 1
+        if self.depth == 0:
+            torch.set_grad_enabled(self.before)
+
+
+_grad = _ThreadGrad()
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    """Name the first few modules; the root has no name of its own."""
+    shown = ", ".join(name or "the model itself" for name in names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

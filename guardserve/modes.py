@@ -1,0 +1,148 @@
+"""Holding a model in eval mode for any number of overlapping holders.
+
+``Module.training`` is a plain attribute that all threads share. A holder that saved it on entry and put
+it back on exit would put the model back in training under a second holder that is still inside. So a
+module that was found training is switched to eval once, counted for every hold that needs it so, and
+switched back when the last of them lets go.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
+from operator import itemgetter
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+# Both are guarded by _LOCK. A module is in _switched while at least one hold needs it in eval mode and it
+# was training before the first of them came.
+_LOCK = threading.Lock()
+_switched: Counter[nn.Module] = Counter()
+
+_TRAINING = itemgetter("training")
+
+
+class EvalHold:
+    """Keeps the modules of one model in eval mode between :meth:`acquire` and :meth:`release`.
+
+    Flags are written to each module directly: a subclass may override ``train()``, and a program from
+    ``torch.export`` raises in it. Layers whose output depends on the flag (BatchNorm, InstanceNorm, Dropout)
+    also carry a forward hook, so that a ``.train()`` called *inside* a forward cannot reach them.
+
+    Attributes:
+        depth: Number of holders inside now, over all threads.
+        interventions: Times a hook found its layer training inside a held forward and put it in eval mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.depth = 0
+        self.interventions = 0
+        self._held: list[nn.Module] = []
+        self._hooks: dict[nn.Module, Any] = {}
+        self._survey()
+
+    def acquire(self) -> list[nn.Module]:
+        """Put every module in eval mode until the matching :meth:`release`.
+
+        Returns:
+            The modules that were found training: none for a model that its owner has put in eval mode.
+        """
+        with _LOCK:
+            if self._children_now() != self._children:
+                self._survey()
+            found = self._switch_to_eval()
+            self.depth += 1
+        return found
+
+    def release(self) -> list[nn.Module]:
+        """Let go; the last holder gives every module its own flag back.
+
+        Returns:
+            The modules that somebody put in training mode during the hold.
+        """
+        with _LOCK:
+            flipped = self._switch_to_eval()
+            self.depth -= 1
+            if self.depth == 0:
+                held, self._held = self._held, []
+                for module in held:
+                    _switched[module] -= 1
+                    if not _switched[module]:
+                        del _switched[module]
+                        _set_training(module, training=True)
+        return flipped
+
+    def names(self, modules: Iterable[nn.Module]) -> list[str]:
+        """Return the qualified names of some of the model's modules; the model itself is ``''``."""
+        wanted = set(modules)
+        return [name for name, module in self.model.named_modules() if module in wanted]
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+
+    def _switch_to_eval(self) -> list[nn.Module]:
+        """Switch what is training to eval and register it, unless it is registered; return what was training."""
+        joining = self.depth == 0 and bool(_switched)
+        if not joining and not any(map(_TRAINING, self._flags)) and not any(m.training for m in self._opaque):
+            return []
+        found = [module for module in self._modules if module.training]
+        for module in found:
+            _set_training(module, training=False)
+        if self.depth == 0:
+            # what another hold has switched must also wait for this one
+            self._held = [m for m in self._modules if m in _switched] if joining else []
+            self._held += [m for m in found if m not in _switched]
+            _switched.update(self._held)
+        return found
+
+    def _survey(self) -> None:
+        """List the modules anew; called when the tree has changed since the last time."""
+        self._modules = list(self.model.modules())
+        self._flags = [vars(m) for m in self._modules if "training" in vars(m)]
+        self._opaque = [m for m in self._modules if "training" not in vars(m)]
+        children = (vars(m).get("_modules") for m in self._modules)
+        self._containers = [c for c in children if isinstance(c, dict)]
+        self._children = self._children_now()
+        for module in self._modules:
+            if module not in self._hooks and isinstance(module, (_NormBase, _DropoutNd)):
+                self._hooks[module] = module.register_forward_pre_hook(_KeepEval(self))
+
+    def _children_now(self) -> tuple[nn.Module | None, ...]:
+        return tuple(chain.from_iterable(map(dict.values, self._containers)))
+
+
+class _KeepEval:
+    """Forward pre-hook that puts its layer back in eval mode while a hold is on.
+
+    A copy or a pickle of the model carries a hook without a hold, which does nothing.
+    """
+
+    def __init__(self, hold: EvalHold | None) -> None:
+        self.hold = hold
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        del args
+        if module.training and self.hold is not None and self.hold.depth:
+            _set_training(module, training=False)
+            with _LOCK:
+                self.hold.interventions += 1
+
+    def __reduce__(self) -> tuple[type[_KeepEval], tuple[None]]:
+        return _KeepEval, (None,)
+
+
+def _set_training(module: nn.Module, *, training: bool) -> None:
+    """Write a module's own flag, whatever its ``train()`` or ``__setattr__`` does."""
+    if "training" in vars(module):
+        vars(module)["training"] = training
+    else:
+        module.training = training

@@ -1,0 +1,71 @@
+"""Finding NaN and infinity in what a model returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """The non-finite values of one tensor.
+
+    Attributes:
+        path: Where the tensor sits in the output, such as ``output`` or ``output['logits'][0]``.
+        count: Number of values that are NaN or infinite.
+        total: Number of values.
+        rows: Indices along the first axis that hold at least one of them; ``(0,)`` for a scalar.
+        first: Index of the first of them.
+    """
+
+    path: str
+    count: int
+    total: int
+    rows: tuple[int, ...]
+    first: tuple[int, ...]
+
+    def __str__(self) -> str:
+        values = "value" if self.count == 1 else "values"
+        return f"{self.path} holds {self.count} non-finite {values} of {self.total}, the first at index {self.first}"
+
+
+def named_tensors(value: object, path: str = "output") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor in a nested output with its path.
+
+    Walks mappings, lists, tuples and dataclass instances; anything else holds no tensors.
+    """
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from named_tensors(item, f"{path}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from named_tensors(item, f"{path}[{index}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from named_tensors(getattr(value, field.name), f"{path}.{field.name}")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity.
+
+    A finite sum proves it in one pass without a temporary; only a sum that overflowed needs a second look.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
+        return True
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def find_nonfinite(value: object, path: str = "output") -> Iterator[NonFinite]:
+    """Yield a :class:`NonFinite` for every tensor in a nested output that holds NaN or infinity."""
+    for name, tensor in named_tensors(value, path):
+        if is_finite(tensor):
+            continue
+        bad = ~tensor.detach().isfinite()
+        where = bad.nonzero()
+        rows = sorted(set(where[:, 0].tolist())) if bad.ndim else [0]
+        yield NonFinite(name, len(where), bad.numel(), tuple(rows), tuple(where[0].tolist()))
