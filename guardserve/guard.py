@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import threading
+import time
 import types
 import warnings
 import weakref
@@ -59,6 +60,8 @@ class EvalGuard:
         on_nonfinite: What to do when an output of a call or of a decorated function holds NaN or infinity:
             ``"raise"`` a :class:`NonFiniteOutputError`, ``"warn"`` with a :class:`NonFiniteOutputWarning`,
             or ``"ignore"`` it. It is counted in any case.
+        trace_interval: Seconds that must pass between two searches for the module where a non-finite value
+            arose. Each search runs the model once more.
         inference_mode: Call the model under ``torch.inference_mode()`` rather than ``torch.no_grad()``. It is
             a little faster, but autograd can never use the outputs.
 
@@ -67,7 +70,12 @@ class EvalGuard:
     """
 
     def __init__(
-        self, model: nn.Module, *, on_nonfinite: NonFinitePolicy = "raise", inference_mode: bool = False
+        self,
+        model: nn.Module,
+        *,
+        on_nonfinite: NonFinitePolicy = "raise",
+        trace_interval: float = 0.0,
+        inference_mode: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"EvalGuard needs a torch.nn.Module, got {type(model).__name__}: pass the model itself")
@@ -75,6 +83,8 @@ class EvalGuard:
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: use one of {', '.join(get_args(NonFinitePolicy))}")
         self.module = model
         self._on_nonfinite = on_nonfinite
+        self._trace_interval = trace_interval
+        self._next_trace = 0.0
         self._inference_mode = inference_mode
         self._hold = EvalHold(model)
         self._counts: Counter[str] = Counter()
@@ -110,31 +120,35 @@ class EvalGuard:
         """
         if len(args) == 1 and not kwargs and isinstance(args[0], (types.FunctionType, types.MethodType)):
             return self._decorate(args[0])
-        self._enter()
+        self.acquire()
         try:
             with torch.inference_mode() if self._inference_mode else torch.no_grad():
                 output = self.module(*args, **kwargs)
         finally:
-            self._leave()
+            self.release()
         self._count("calls")
         self.check(output, lambda: trace_nonfinite(self.module, *args, **kwargs))
         return output
 
     def __enter__(self) -> nn.Module:
         """Enter a block: eval mode, and gradients off in this thread."""
-        self._enter()
+        self.acquire()
         _grad.disable()
         return self.module
 
     def __exit__(self, *exc_info: object) -> None:
         """Leave the block, restoring the flags unless another holder is still inside."""
-        self._leave()
+        self.release()
         _grad.restore()
 
     def __reduce__(self) -> tuple[Callable[..., EvalGuard], tuple[nn.Module]]:
         """Copy and pickle as a fresh guard of the copied model."""
-        options = {"on_nonfinite": self._on_nonfinite, "inference_mode": self._inference_mode}
-        return functools.partial(EvalGuard, **options), (self.module,)  # type: ignore[arg-type]
+        options: dict[str, Any] = {
+            "on_nonfinite": self._on_nonfinite,
+            "trace_interval": self._trace_interval,
+            "inference_mode": self._inference_mode,
+        }
+        return functools.partial(EvalGuard, **options), (self.module,)
 
     def check(self, output: object, trace: Callable[[], object] = lambda: None) -> list[NonFinite]:
         """Apply the non-finite policy to an output that the guard's model has given.
@@ -156,7 +170,10 @@ class EvalGuard:
         self._count("nonfinite_values", sum(bad.count for bad in found))
         if self._on_nonfinite == "ignore":
             return found
-        origin = trace()
+        origin = None
+        if time.monotonic() >= self._next_trace:
+            origin = trace()
+            self._next_trace = time.monotonic() + self._trace_interval
         message = "; ".join(str(bad) for bad in found)
         message += f"; it arose in {origin}" if origin is not None else "; where it arose was not found"
         if self._on_nonfinite == "raise":
@@ -166,7 +183,8 @@ class EvalGuard:
         warnings.warn(message, NonFiniteOutputWarning, stacklevel=3)
         return found
 
-    def _enter(self) -> None:
+    def acquire(self) -> None:
+        """Hold the model in eval mode until :meth:`release`: for a server's lifetime, so that a call finds it so."""
         found = self._hold.acquire()
         if found:
             self._count("training_on_entry")
@@ -177,7 +195,8 @@ class EvalGuard:
                     _some(self._hold.names(found)),
                 )
 
-    def _leave(self) -> None:
+    def release(self) -> None:
+        """Let go of the model; the last holder gives every module its own flag back."""
         flipped = self._hold.release()
         if flipped:
             self._count("training_during_forward", len(flipped))

@@ -1,0 +1,129 @@
+"""How far live activations are from a BatchNorm layer's running statistics.
+
+These are effect sizes, not tests: they have no null distribution, and thresholds on them are rules of thumb.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from guardserve.batchnorm import ObservationPoint
+from guardserve.stats import Moments
+
+
+@dataclass(frozen=True)
+class EffectSize:
+    """Distance between two normal distributions per channel, in running standard deviations.
+
+    With ``s^2 = running_var + eps``, live mean ``m`` and live variance ``v``:
+
+    Attributes:
+        mean_shift: ``(m - running_mean) / s``.
+        log_std_ratio: ``log sqrt((v + eps) / s^2)``; positive where activations spread wider.
+        wasserstein2: ``sqrt((m - running_mean)^2 + (sqrt(v) - sqrt(running_var))^2) / s``: the 2-Wasserstein
+            distance between the two normal distributions (Schneider et al. 2020, arXiv:2006.16971, eq. 5).
+    """
+
+    mean_shift: float
+    log_std_ratio: float
+    wasserstein2: float
+
+
+@dataclass(frozen=True)
+class ChannelShift(EffectSize):
+    """The effect size in one channel.
+
+    Attributes:
+        channel: Index of the channel.
+    """
+
+    channel: int
+
+
+@dataclass(frozen=True)
+class LayerShift(EffectSize):
+    """The effect size in one layer: root mean square over its channels.
+
+    Attributes:
+        name: Qualified name of the layer.
+        channels: Number of channels.
+        samples: Number of samples that it has seen.
+        nonfinite_samples: Those of them with a non-finite activation in any channel, which is left out.
+        worst_channels: The channels with the largest Wasserstein-2 distance, worst first.
+    """
+
+    name: str
+    channels: int
+    samples: int
+    nonfinite_samples: int
+    worst_channels: tuple[ChannelShift, ...]
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """What one layer has accumulated; two of them merge.
+
+    Attributes:
+        samples: Number of samples.
+        nonfinite_samples: Samples with a non-finite activation in any channel.
+        moments: Moments over samples, shape ``(2, C)``, of the per-sample mean of ``z`` (row 0) and of the
+            per-sample variance of ``z`` over positions (row 1), ``z = (x - running_mean) / s``.
+    """
+
+    samples: int
+    nonfinite_samples: int
+    moments: Moments
+
+    @classmethod
+    def of(cls, point: ObservationPoint, mean: torch.Tensor, variance: torch.Tensor) -> LayerMoments:
+        """Standardise and summarise readings, each of shape ``(N, C)`` in the layer's own units."""
+        location, scale = point.location_and_scale()
+        mean, variance = mean.to("cpu", torch.float64), variance.to("cpu", torch.float64)
+        z = torch.stack([(mean - location) / scale, variance / scale.square()], dim=1)
+        bad = ~mean.isfinite().all(1)
+        return cls(len(mean), int(bad.sum()), Moments.of(z))
+
+    def merge(self, other: LayerMoments) -> LayerMoments:
+        """Return what both have accumulated together."""
+        return LayerMoments(
+            self.samples + other.samples,
+            self.nonfinite_samples + other.nonfinite_samples,
+            self.moments.merge(other.moments),
+        )
+
+
+def layer_shift(point: ObservationPoint, seen: LayerMoments, worst: int) -> LayerShift:
+    """Compare what a layer has accumulated with its running statistics.
+
+    Args:
+        point: The layer.
+        seen: Its accumulated moments, with at least one finite value in some channel; a channel without any
+            is left out, and with none at all the effect sizes are NaN.
+        worst: How many channels to name.
+    """
+    _, scale = point.location_and_scale()
+    # what the running variance itself is in units of s^2: below 1 because of eps, 0 for a dead channel
+    expected = 1 - point.layer.eps / scale.square()
+    mean_shift = seen.moments.mean[0]
+    variance = seen.moments.mean[1] + seen.moments.variance[0]
+    log_std_ratio = 0.5 * (variance + 1 - expected).log()
+    spread = variance.sqrt() - expected.clamp(min=0).sqrt()
+    wasserstein2 = (mean_shift.square() + spread.square()).sqrt()
+    known = seen.moments.count[0] > 0
+    order = torch.where(known, wasserstein2, -1).argsort(descending=True)[: min(worst, int(known.sum()))].tolist()
+    rms = [float(size[known].square().mean().sqrt()) for size in (mean_shift, log_std_ratio, wasserstein2)]
+    return LayerShift(
+        rms[0],
+        rms[1],
+        rms[2],
+        name=point.name,
+        channels=len(mean_shift),
+        samples=seen.samples,
+        nonfinite_samples=seen.nonfinite_samples,
+        worst_channels=tuple(
+            ChannelShift(float(mean_shift[i]), float(log_std_ratio[i]), float(wasserstein2[i]), channel=i)
+            for i in order
+        ),
+    )

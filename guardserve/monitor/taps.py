@@ -1,0 +1,119 @@
+"""Forward hooks that read what enters each BatchNorm layer, and little else.
+
+The hot path is here: a few tensor operations a layer, no synchronisation, no judging.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from guardserve.batchnorm import CHANNEL_AXIS, BatchNorm, ObservationPoint, batchnorm_layers
+from guardserve.tracing import is_tracing
+
+
+@dataclass
+class Record:
+    """What one forward showed: for each layer, every time it ran, ``(mean, variance)`` of its input.
+
+    Both have shape ``(N, C)``: over the positions of one sample in one channel, in the layer's own units.
+    """
+
+    readings: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+
+def sample_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each sample's mean and population variance over its positions, channel by channel.
+
+    Args:
+        x: Input of a BatchNorm layer, shape ``(N, C, *positions)``, any floating dtype and memory format.
+
+    Returns:
+        Mean and variance, each of shape ``(N, C)``, at least float32.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    if x.ndim == CHANNEL_AXIS + 1:
+        return x.detach().clone(), torch.zeros_like(x)
+    positions = x.detach().flatten(CHANNEL_AXIS + 1)
+    mean = positions.mean(-1, keepdim=True)
+    return mean.squeeze(-1), (positions - mean).square_().mean(-1)
+
+
+class Taps:
+    """The hooks of one monitor on one model.
+
+    Attributes:
+        points: The observation points, in registration order; a reading refers to one by index.
+        unobserved: Qualified names of BatchNorm layers that cannot be watched, each with the reason.
+    """
+
+    def __init__(self, model: nn.Module, emit: Callable[[Record], None]) -> None:
+        self.points: list[ObservationPoint] = []
+        self.unobserved: dict[str, str] = {}
+        self._emit = emit
+        self._open = threading.local()
+        self._handles: list[Any] = []
+        try:
+            self._attach(model)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _attach(self, model: nn.Module) -> None:
+        for name, layer in batchnorm_layers(model):
+            if not layer.track_running_stats:
+                self.unobserved[name] = "it keeps no running statistics (track_running_stats=False)"
+                continue
+            self._handles.append(
+                layer.register_forward_pre_hook(self._tap(len(self.points)), with_kwargs=True),
+            )
+            self.points.append(ObservationPoint(name, layer))
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule) and _script_batchnorm(module):
+                self.unobserved[name] = "TorchScript submodules take no hooks"
+        if self.points:
+            self._handles.append(model.register_forward_pre_hook(self._begin))
+            self._handles.append(model.register_forward_hook(self._end, always_call=True))
+
+    def _tap(self, index: int) -> Callable[[BatchNorm, tuple[Any, ...], dict[str, Any]], None]:
+        def read(layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            del layer
+            if is_tracing():
+                return
+            x = args[0] if args else next(iter(kwargs.values()))
+            reading = (index, *sample_moments(x))
+            record: Record | None = getattr(self._open, "record", None)
+            if record is not None:
+                record.readings.append(reading)
+            else:  # a part of the model was called by itself
+                self._emit(Record([reading]))
+
+        return read
+
+    def _begin(self, model: nn.Module, args: object) -> None:
+        del model, args
+        self._open.record = None if is_tracing() else Record()
+
+    def _end(self, model: nn.Module, args: object, output: object) -> None:
+        """Hand over the record; a forward that raised (its output is None) has seen no sample through."""
+        del model, args
+        record: Record | None = getattr(self._open, "record", None)
+        self._open.record = None
+        if record is not None and record.readings and output is not None:
+            self._emit(record)
+
+
+def _script_batchnorm(module: torch.jit.ScriptModule) -> bool:
+    return "BatchNorm" in str(getattr(module, "original_name", ""))
