@@ -1,0 +1,1 @@
+"""The embedded demo: a handwritten-digit classifier, its data, and the shifts that break it."""
