@@ -1,3 +1,40 @@
 """Inference-serving safeguards for PyTorch models with BatchNorm."""
 
 __version__ = "0.1.0"
+
+from guardserve.exceptions import (
+    GuardError,
+    GuardserveError,
+    InputError,
+    MissingExtraError,
+    ModelLoadError,
+    NonFiniteOutputError,
+    PickleRefusedError,
+    SettingsError,
+    TrainingModeError,
+)
+from guardserve.guard import EvalGuard, NonFiniteOutputWarning
+from guardserve.loading import example_input, load_model
+from guardserve.monitor import Monitor
+from guardserve.stats import Moments
+from guardserve.tracing import trace_nonfinite
+
+__all__ = [
+    "EvalGuard",
+    "GuardError",
+    "GuardserveError",
+    "InputError",
+    "MissingExtraError",
+    "ModelLoadError",
+    "Moments",
+    "Monitor",
+    "NonFiniteOutputError",
+    "NonFiniteOutputWarning",
+    "PickleRefusedError",
+    "SettingsError",
+    "TrainingModeError",
+    "__version__",
+    "example_input",
+    "load_model",
+    "trace_nonfinite",
+]

@@ -15,6 +15,11 @@ Every one of them names what was wrong (the module, the field, the value seen) a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from guardserve.nonfinite import NonFinite
+
 
 class GuardserveError(Exception):
     """Base of every error raised by guardserve."""
@@ -60,15 +65,17 @@ class NonFiniteOutputError(GuardError):
         output: Path of the first bad output, such as ``output`` or ``output['logits']``.
         count: Number of non-finite values in that output.
         total: Number of values in that output.
+        rows: Indices along its first axis that hold one.
         module: Qualified name of the first module whose output was non-finite although its inputs
-            were finite, or None when it could not be found.
+            were finite, or None when it was not found.
     """
 
-    def __init__(self, message: str, *, output: str, count: int, total: int, module: str | None = None) -> None:
+    def __init__(self, message: str, bad: NonFinite, module: str | None = None) -> None:
         super().__init__(message)
-        self.output = output
-        self.count = count
-        self.total = total
+        self.output = bad.path
+        self.count = bad.count
+        self.total = bad.total
+        self.rows = bad.rows
         self.module = module
 
 

@@ -120,6 +120,12 @@ class EvalGuard:
         """
         if len(args) == 1 and not kwargs and isinstance(args[0], (types.FunctionType, types.MethodType)):
             return self._decorate(args[0])
+        output = self.run(*args, **kwargs)
+        self.check(output, trace=lambda: trace_nonfinite(self.module, *args, **kwargs))
+        return output
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model in eval mode and without gradients, leaving its outputs to a later :meth:`check`."""
         self.acquire()
         try:
             with torch.inference_mode() if self._inference_mode else torch.no_grad():
@@ -127,7 +133,6 @@ class EvalGuard:
         finally:
             self.release()
         self._count("calls")
-        self.check(output, lambda: trace_nonfinite(self.module, *args, **kwargs))
         return output
 
     def __enter__(self) -> nn.Module:
@@ -150,11 +155,14 @@ class EvalGuard:
         }
         return functools.partial(EvalGuard, **options), (self.module,)
 
-    def check(self, output: object, trace: Callable[[], object] = lambda: None) -> list[NonFinite]:
+    def check(
+        self, output: object, name: str = "output", trace: Callable[[], object] = lambda: None
+    ) -> list[NonFinite]:
         """Apply the non-finite policy to an output that the guard's model has given.
 
         Args:
             output: Tensors, nested in any way.
+            name: What to call it.
             trace: Called when one of them is non-finite, to name where it arose.
 
         Returns:
@@ -163,7 +171,7 @@ class EvalGuard:
         Raises:
             NonFiniteOutputError: If there is one and the policy is ``"raise"``.
         """
-        found = list(find_nonfinite(output))
+        found = list(find_nonfinite(output, name))
         if not found:
             return found
         self._count("nonfinite_outputs")
@@ -177,9 +185,7 @@ class EvalGuard:
         message = "; ".join(str(bad) for bad in found)
         message += f"; it arose in {origin}" if origin is not None else "; where it arose was not found"
         if self._on_nonfinite == "raise":
-            bad = found[0]
-            module = getattr(origin, "module", None)
-            raise NonFiniteOutputError(message, output=bad.path, count=bad.count, total=bad.total, module=module)
+            raise NonFiniteOutputError(message, found[0], getattr(origin, "module", None))
         warnings.warn(message, NonFiniteOutputWarning, stacklevel=3)
         return found
 

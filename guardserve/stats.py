@@ -68,7 +68,7 @@ class Moments:
                 "they come from different layers or models"
             )
         count = self.count + other.count
-        share = other.count / count.clamp(min=1)
+        share = other.count.double() / count.clamp(min=1)
         delta = other.mean - self.mean
         return Moments(
             count,

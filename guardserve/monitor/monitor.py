@@ -61,6 +61,7 @@ class Verdict:
             warming.
         threshold: The score from which on the state is ``"shifted"``.
         layer: The layer with that distance; None while warming.
+        window: What the window shows.
     """
 
     state: Literal["warming", "ok", "shifted"]
@@ -68,6 +69,7 @@ class Verdict:
     score: float | None
     threshold: float
     layer: str | None
+    window: Snapshot
 
 
 class Monitor:
@@ -89,8 +91,8 @@ class Monitor:
 
     Args:
         model: The model, in any mode.
-        window: Samples in the recent window, which :meth:`verdict` judges; it holds between 7/8 of that many
-            and all.
+        window: Samples in the recent window, which :meth:`verdict` judges. It forgets an eighth at a time, so
+            it holds up to that much more, or up to one batch more if that is larger.
         min_samples: Samples that the window must hold before it is judged.
         threshold: Score from which on the state is ``"shifted"``, in running standard deviations.
         worst_channels: How many channels a snapshot names in each layer.
@@ -102,7 +104,7 @@ class Monitor:
         *,
         window: int = 256,
         min_samples: int = 64,
-        threshold: float = 1.0,
+        threshold: float = 0.5,
         worst_channels: int = 5,
     ) -> None:
         if not 1 <= min_samples <= window:
@@ -144,7 +146,7 @@ class Monitor:
             self._pending.clear()
             self._samples = 0
             self._total: Seen = {}
-            self._windows: deque[tuple[int, Seen]] = deque([(0, {})], maxlen=SUBWINDOWS)
+            self._windows: deque[tuple[int, Seen]] = deque([(0, {})])
 
     def snapshot(self, *, recent: bool = False) -> Snapshot:
         """Summarise all that was seen since the start or the last reset, or the recent window."""
@@ -157,12 +159,12 @@ class Monitor:
 
     def verdict(self) -> Verdict:
         """Judge the recent window."""
-        snapshot = self.snapshot(recent=True)
-        worst = snapshot.worst_layer
-        if snapshot.samples < self._min_samples or worst is None:
-            return Verdict("warming", self._samples, None, self.threshold, None)
+        window = self.snapshot(recent=True)
+        worst = window.worst_layer
+        if window.samples < self._min_samples or worst is None:
+            return Verdict("warming", self._samples, None, self.threshold, None, window)
         state: Literal["ok", "shifted"] = "shifted" if worst.wasserstein2 >= self.threshold else "ok"
-        return Verdict(state, self._samples, worst.wasserstein2, self.threshold, worst.name)
+        return Verdict(state, self._samples, worst.wasserstein2, self.threshold, worst.name, window)
 
     def _take(self, record: Record) -> None:
         """Receive a record from the taps, in any thread."""
@@ -203,6 +205,8 @@ class Monitor:
             self._windows.append((filled, seen))
         _merge_into(seen, new)
         self._windows[-1] = (filled + samples, seen)
+        while sum(filled for filled, _ in self._windows) - self._windows[0][0] >= self._window:
+            self._windows.popleft()
 
     def _recent(self) -> tuple[int, Seen]:
         merged: Seen = {}

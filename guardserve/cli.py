@@ -1,0 +1,118 @@
+"""The command line: ``guardserve serve`` and its siblings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+import torch
+import uvicorn
+from pydantic.fields import FieldInfo
+
+from guardserve import __version__
+from guardserve.exceptions import GuardserveError
+from guardserve.loading import load_model
+from guardserve.runtime import Runtime
+from guardserve.service.app import create_app
+from guardserve.settings import ENV_PREFIX, ServeSettings, load_settings
+
+
+class Command(click.Command):
+    """A command whose expected errors are one line, not a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        try:
+            return super().invoke(ctx)
+        except GuardserveError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each setting."""
+    for name, field in reversed(ServeSettings.model_fields.items()):
+        command = _option(name, field)(command)
+    return command
+
+
+def _option(name: str, field: FieldInfo) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    flag = "--" + name.replace("_", "-")
+    kind = field.annotation
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(arg for arg in get_args(kind) if arg is not NoneType)
+    default = "" if field.default in (None, (), False) else f"default: {field.default}; "
+    text = f"{field.description} [{default}env: {ENV_PREFIX}{name.upper()}]"
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
+    if get_origin(kind) is tuple:
+        return click.option(flag, name, multiple=True, help=text)
+    if get_origin(kind) is Literal:
+        return click.option(flag, name, type=click.Choice(get_args(kind)), help=text)
+    metavar = {int: "N", float: "X"}.get(kind, "TEXT") if isinstance(kind, type) else "TEXT"
+    return click.option(flag, name, metavar=metavar, help=text)  # pydantic checks the value, and says what is wrong
+
+
+@click.group()
+@click.version_option(__version__, prog_name="guardserve")
+def main() -> None:
+    """Safeguards for PyTorch models with BatchNorm."""
+
+
+@main.command(cls=Command)
+@click.argument("model")
+@settings_options
+def serve(model: str, **options: Any) -> None:
+    """Serve MODEL over HTTP, in eval mode whatever its flags say, with its BatchNorm layers watched.
+
+    MODEL is one of
+
+    \b
+      package.module:factory  a function or class that returns the model (with --weights FILE)
+      model.pt2               a program saved by torch.export
+      model.pt                a TorchScript archive
+      demo                    the embedded model of handwritten digits
+
+    \b
+    Examples:
+      guardserve serve demo
+      guardserve serve shop.models:resnet --weights resnet.safetensors --input-shape 3,224,224
+      guardserve serve scripted.pt --name defects --input-shape 1,64,64 --port 9000
+
+    Input names, shapes and types come from the factory's @guardserve.example_input, from the exported
+    program, or from --input-shape and --input-dtype.
+
+    The server speaks the Open Inference Protocol V2 (/v2/models/NAME/infer), shows its metrics to Prometheus
+    (/metrics) and its documentation to you (/docs). It is ready (/v2/health/ready) once a forward at batch
+    size 1 has passed through the model.
+
+    Every option may also be set in the environment; an option beats its variable.
+    """  # noqa: D301 - click reads the escape, it is not a literal backslash
+    settings = load_settings(**{name: value for name, value in options.items() if value not in (None, ())})
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    loaded = load_model(
+        model,
+        weights=settings.weights,
+        device=settings.device,
+        allow_pickle=settings.allow_pickle,
+        input_shapes=settings.input_shape,
+        input_dtypes=settings.input_dtype,
+        name=settings.name,
+    )
+    runtime = Runtime(
+        loaded,
+        shift_window=settings.shift_window,
+        shift_min_samples=settings.shift_min_samples,
+        shift_threshold=settings.shift_threshold,
+    )
+    app = create_app(
+        runtime,
+        model_version=settings.model_version,
+        max_batch_size=settings.max_batch_size,
+        max_body_size=settings.max_body_size,
+    )
+    uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False)

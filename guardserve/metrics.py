@@ -1,0 +1,247 @@
+"""Prometheus metrics, and the only home of ``prometheus_client``.
+
+Requests are counted as they end; everything about the model is read from the runtime when a scrape asks.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from guardserve import __version__
+from guardserve.monitor import Snapshot, Verdict
+from guardserve.runtime import Runtime
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+WORST_CHANNELS = 5
+"""Channels with a series of their own, over all layers."""
+
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+REASONS = (
+    "malformed",
+    "invalid_input",
+    "unknown_output",
+    "too_large",
+    "unsupported_encoding",
+    "not_found",
+    "not_ready",
+    "nonfinite_output",
+    "model_error",
+    "disconnected",
+    "internal",
+)
+"""Every value of the label ``reason``."""
+
+
+class Description(NamedTuple):
+    """A row of the documented table.
+
+    Attributes:
+        kind: ``"counter"``, ``"gauge"`` or ``"histogram"``.
+        help: What it says, in one sentence.
+        labels: Its labels, in order.
+    """
+
+    kind: str
+    help: str
+    labels: tuple[str, ...]
+
+
+METRICS: dict[str, Description] = {
+    "guardserve_requests_total": Description(
+        "counter", "Inference requests ended, by HTTP status.", ("model", "status")
+    ),
+    "guardserve_request_errors_total": Description(
+        "counter", "Inference requests that were refused or failed, by reason.", ("model", "reason")
+    ),
+    "guardserve_requests_in_flight": Description("gauge", "Inference requests being worked on.", ("model",)),
+    "guardserve_request_duration_seconds": Description(
+        "histogram", "Time from the request's headers to its whole answer.", ("model",)
+    ),
+    "guardserve_forward_duration_seconds": Description(
+        "histogram", "Time of one forward with its safeguards.", ("model",)
+    ),
+    "guardserve_batch_size": Description("histogram", "Rows of one forward.", ("model",)),
+    "guardserve_samples_total": Description("counter", "Samples that the monitor has seen.", ("model",)),
+    "guardserve_nonfinite_samples_total": Description(
+        "counter",
+        "Samples with NaN or infinity, by where it was met: in an input, what enters a layer, or an output.",
+        ("model", "origin", "name"),
+    ),
+    "guardserve_guard_violations_total": Description(
+        "counter", "Times the guard had to put a module in eval mode, by kind.", ("model", "kind")
+    ),
+    "guardserve_shift_score": Description(
+        "gauge",
+        "Largest layer Wasserstein-2 distance in the recent window, in running standard deviations; "
+        "absent until the window holds enough samples.",
+        ("model",),
+    ),
+    "guardserve_shift_threshold": Description("gauge", "Score from which on the input counts as shifted.", ("model",)),
+    "guardserve_layer_mean_shift": Description(
+        "gauge", "Mean shift of the layer's input in the recent window, RMS over channels.", ("model", "layer")
+    ),
+    "guardserve_layer_log_std_ratio": Description(
+        "gauge", "Log ratio of live to running standard deviation, RMS over channels.", ("model", "layer")
+    ),
+    "guardserve_layer_wasserstein2": Description(
+        "gauge", "Normalised Wasserstein-2 distance from the running statistics, RMS over channels.", ("model", "layer")
+    ),
+    "guardserve_channel_wasserstein2": Description(
+        "gauge", f"The same for one channel; the worst {WORST_CHANNELS} of the model.", ("model", "layer", "channel")
+    ),
+    "guardserve_batchnorm_layers": Description("gauge", "BatchNorm layers of the model.", ("model", "observed")),
+    "guardserve_model_ready": Description("gauge", "1 when the model has passed its start-up probe.", ("model",)),
+    "guardserve_model_info": Description("gauge", "Always 1; what is served.", ("model", "platform", "device")),
+    "guardserve_build_info": Description("gauge", "Always 1; what serves it.", ("version", "torch", "python")),
+}
+"""Every metric that guardserve exports, beside the ``process_`` and ``python_`` ones of prometheus_client."""
+
+METRIC_NAMES = frozenset(METRICS)
+
+
+class Metrics:
+    """The metrics of one served model.
+
+    Args:
+        runtime: The model.
+        registry: Where to register; a fresh registry by default, never the global one.
+    """
+
+    def __init__(self, runtime: Runtime, registry: CollectorRegistry | None = None) -> None:
+        # without it each counter brings a second series with its time of creation
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = registry if registry is not None else CollectorRegistry()
+        self._model = runtime.name
+        self._requests = self._counter("guardserve_requests_total")
+        self._errors = self._counter("guardserve_request_errors_total")
+        self._duration = self._histogram("guardserve_request_duration_seconds", LATENCY_BUCKETS)
+        self._forward = self._histogram("guardserve_forward_duration_seconds", LATENCY_BUCKETS)
+        self._batch = self._histogram("guardserve_batch_size", BATCH_BUCKETS)
+        description = METRICS["guardserve_requests_in_flight"]
+        self.in_flight = Gauge(
+            "guardserve_requests_in_flight", description.help, description.labels, registry=self.registry
+        ).labels(self._model)
+        # a counter that appears with its first increment hides that increment from rate() and increase()
+        self._requests.labels(self._model, "200")
+        for reason in REASONS:
+            self._errors.labels(self._model, reason)
+        self.registry.register(RuntimeCollector(runtime))
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+    def request_ended(self, status: int, seconds: float, reason: str | None = None) -> None:
+        """Count an inference request.
+
+        Args:
+            status: HTTP status of its answer.
+            seconds: Time that it took.
+            reason: One of :data:`REASONS` when it was refused or failed.
+        """
+        self._requests.labels(self._model, str(status)).inc()
+        self._duration.observe(seconds)
+        if reason is not None:
+            self._errors.labels(self._model, reason).inc()
+
+    def forward_ended(self, rows: int, seconds: float) -> None:
+        """Count a forward of ``rows`` samples."""
+        self._forward.observe(seconds)
+        self._batch.observe(rows)
+
+    def render(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str) -> Counter:
+        description = METRICS[name]
+        return Counter(name, description.help, description.labels, registry=self.registry)
+
+    def _histogram(self, name: str, buckets: tuple[float, ...]) -> Histogram:
+        description = METRICS[name]
+        family = Histogram(name, description.help, description.labels, buckets=buckets, registry=self.registry)
+        return family.labels(self._model)
+
+
+class RuntimeCollector(Collector):
+    """Reads a runtime's state at scrape time."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def describe(self) -> Iterator[Metric]:
+        """Describe nothing, so that registering does not read the runtime."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics as they are now."""
+        runtime = self._runtime
+        model = runtime.name
+        monitor = runtime.monitor
+        total, verdict = monitor.snapshot(), monitor.verdict()
+        yield _family("guardserve_build_info", [((__version__, torch.__version__, platform.python_version()), 1)])
+        yield _family("guardserve_model_info", [((model, runtime.platform, str(runtime.device)), 1)])
+        yield _family("guardserve_model_ready", [((model,), runtime.failure is None)])
+        counts = runtime.guard.counts
+        kinds = ("training_on_entry", "training_during_forward")
+        yield _family("guardserve_guard_violations_total", [((model, kind), counts[kind]) for kind in kinds])
+        observed = [((model, "true"), len(monitor.layers)), ((model, "false"), len(monitor.unobserved))]
+        yield _family("guardserve_batchnorm_layers", observed)
+        yield _family("guardserve_samples_total", [((model,), total.samples)])
+        yield _family("guardserve_nonfinite_samples_total", list(_nonfinite(runtime, total)))
+        yield _family("guardserve_shift_threshold", [((model,), monitor.threshold)])
+        yield from _shift(model, verdict)
+
+
+Row = tuple[tuple[str, ...], float]
+
+
+def _shift(model: str, verdict: Verdict) -> Iterator[Metric]:
+    if verdict.score is None:
+        return
+    yield _family("guardserve_shift_score", [((model,), verdict.score)])
+    layers = verdict.window.layers
+    yield _family("guardserve_layer_mean_shift", [((model, layer.name), layer.mean_shift) for layer in layers])
+    yield _family("guardserve_layer_log_std_ratio", [((model, layer.name), layer.log_std_ratio) for layer in layers])
+    yield _family("guardserve_layer_wasserstein2", [((model, layer.name), layer.wasserstein2) for layer in layers])
+    channels = verdict.window.worst_channels(WORST_CHANNELS)
+    yield _family(
+        "guardserve_channel_wasserstein2",
+        [((model, layer, str(channel.channel)), channel.wasserstein2) for layer, channel in channels],
+    )
+
+
+def _nonfinite(runtime: Runtime, total: Snapshot) -> Iterator[Row]:
+    """Count by origin; what can count is there from the start, at 0."""
+    for origin, specs in (("input", runtime.signature.inputs), ("output", runtime.signature.outputs)):
+        for spec in specs:
+            yield (runtime.name, origin, spec.name), runtime.nonfinite[origin, spec.name]
+    seen = {layer.name: layer.nonfinite_samples for layer in total.layers}
+    for layer in runtime.monitor.layers:
+        yield (runtime.name, "activation", layer), seen.get(layer, 0)
+
+
+def _family(name: str, rows: Sequence[Row]) -> Metric:
+    kind, text, labels = METRICS[name]
+    family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+    metric = family(name, text, labels=labels)
+    for values, value in rows:
+        metric.add_metric(values, value)
+    return metric

@@ -1,0 +1,204 @@
+"""A loaded model with its guard and its monitor: the one thing that every face uses."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch
+
+from guardserve.batchnorm import batchnorm_layers
+from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputError
+from guardserve.guard import EvalGuard
+from guardserve.loading import LoadedModel
+from guardserve.monitor import Monitor
+from guardserve.nonfinite import find_nonfinite
+from guardserve.signature import Signature, TensorSpec
+from guardserve.tracing import trace_nonfinite
+
+TRACE_INTERVAL = 10.0
+"""Seconds between two searches for the origin of non-finite outputs: each costs a forward."""
+
+_log = logging.getLogger(__name__)
+
+
+class ProbeError(GuardserveError):
+    """The model failed its first forward."""
+
+
+class Runtime:
+    """Runs one model behind its safeguards, from any number of threads.
+
+    It is not ready until :meth:`start` has passed a forward at batch size 1 through it. From then until
+    :meth:`close` the model is held in eval mode.
+
+    Args:
+        loaded: The model, in any mode.
+        shift_window: See :class:`guardserve.monitor.Monitor`, as for the next two.
+        shift_min_samples: Samples before the window is judged.
+        shift_threshold: Score from which on the window counts as shifted.
+
+    Attributes:
+        failure: Why the model is not ready; None when it is.
+        signature: Its inputs, and once it has started its outputs.
+        static_batch: The only batch size that the model takes, None when it takes any.
+        monitor: The monitor on its BatchNorm layers.
+        nonfinite: Samples with a non-finite value, by ``("input" | "output", name)``.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        shift_window: int = 256,
+        shift_min_samples: int = 64,
+        shift_threshold: float = 0.5,
+    ) -> None:
+        self.name = loaded.name
+        self.platform = loaded.platform
+        self.device = loaded.device
+        self.signature = Signature(loaded.inputs)
+        self.failure: str | None = "the model has not been probed yet"
+        self.guard = EvalGuard(loaded.module, inference_mode=True, trace_interval=TRACE_INTERVAL)
+        self.monitor = Monitor(
+            loaded.module, window=shift_window, min_samples=shift_min_samples, threshold=shift_threshold
+        )
+        self.nonfinite: Counter[tuple[str, str]] = Counter()
+        self._counting = threading.Lock()
+        self._held = False
+
+    @property
+    def static_batch(self) -> int | None:
+        """The only batch size that the model takes; None when it takes any."""
+        batch = self.signature.inputs[0].shape[0]
+        return None if batch == -1 else batch
+
+    def start(self) -> None:
+        """Hold the model in eval mode and pass a forward at batch size 1 through it.
+
+        Raises:
+            ProbeError: If the forward raises, or its outputs are non-finite or not tensors with the batch first.
+        """
+        if not self._held:
+            self.guard.acquire()
+            self._held = True
+        try:
+            self.signature = Signature(self.signature.inputs, self._probe())
+        except Exception as error:
+            self.failure = f"the start-up probe failed: {error}"
+            raise ProbeError(self.failure) from error
+        self.monitor.reset()
+        self.failure = None
+        if not any(True for _ in batchnorm_layers(self.guard.module)):
+            _log.warning("%s has no BatchNorm layer: there is nothing to monitor", self.name)
+        for layer, reason in self.monitor.unobserved.items():
+            _log.warning("BatchNorm layer %s is not monitored: %s", layer, reason)
+
+    def close(self) -> None:
+        """Let go of the model: remove every hook and give every module its own flag back."""
+        self.failure = "the model has been closed"
+        self.monitor.close()
+        if self._held:
+            self.guard.release()
+            self._held = False
+        self.guard.close()
+
+    def infer(
+        self, inputs: Mapping[str, torch.Tensor], forward_time: Callable[[float], object] = lambda _: None
+    ) -> dict[str, torch.Tensor]:
+        """Run the model once.
+
+        Args:
+            inputs: One tensor for each input of the signature, batch first, on any device.
+            forward_time: Called with the seconds that the forward took, also when it raised.
+
+        Returns:
+            The outputs by name, on the CPU.
+
+        Raises:
+            InputError: If an input holds NaN or infinity.
+            NonFiniteOutputError: If an output does.
+        """
+        for name, tensor in inputs.items():
+            for bad in find_nonfinite(tensor, f"input {name!r}"):
+                self._count_nonfinite("input", name, len(bad.rows))
+                raise InputError(f"{bad}: send finite numbers")
+        started = time.perf_counter()
+        try:
+            return self._forward(inputs)
+        except NonFiniteOutputError as error:
+            _log.warning("%s: %s", self.name, error)
+            raise
+        finally:
+            forward_time(time.perf_counter() - started)
+
+    def _forward(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = [inputs[spec.name].to(self.device) for spec in self.signature.inputs]
+        outputs = named_outputs(self.guard.run(*tensors))
+        errors: list[NonFiniteOutputError] = []
+        for name, tensor in outputs.items():
+            try:
+                self.guard.check(tensor, name, lambda: trace_nonfinite(self.guard.module, *tensors))
+            except NonFiniteOutputError as error:  # noqa: PERF203 - each output is counted
+                self._count_nonfinite("output", name, len(error.rows))
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return {name: tensor.to("cpu") for name, tensor in outputs.items()}
+
+    def _count_nonfinite(self, origin: str, name: str, rows: int) -> None:
+        with self._counting:
+            self.nonfinite[origin, name] += rows
+
+    def _probe(self) -> tuple[TensorSpec, ...]:
+        """Run the model at batch size 1, and at 2 if it takes any, to see which output sizes follow the batch."""
+        sizes = [self.static_batch] if self.static_batch is not None else [1, 2]
+        shapes: list[dict[str, torch.Tensor]] = []
+        for size in sizes:
+            outputs = self._forward({spec.name: spec.example(size) for spec in self.signature.inputs})
+            for name, tensor in outputs.items():
+                if tensor.ndim == 0 or tensor.shape[0] != size:
+                    raise ValueError(
+                        f"{name} has shape {tuple(tensor.shape)} for a batch of {size}: "
+                        "each output must have the batch as its first dimension"
+                    )
+            shapes.append(outputs)
+        first, last = shapes[0], shapes[-1]
+        return tuple(
+            TensorSpec(
+                name,
+                tensor.dtype,
+                tuple(a if a == b else -1 for a, b in zip(tensor.shape, last[name].shape, strict=True)),
+            )
+            for name, tensor in first.items()
+        )
+
+
+def named_outputs(output: object) -> dict[str, torch.Tensor]:
+    """Name the tensors that a model returns.
+
+    A tensor is ``output``, the items of a tuple or list are ``output_0`` and so on, those of a named tuple
+    or a mapping have their own names.
+
+    Raises:
+        TypeError: If it is anything else, or an item is not a tensor.
+    """
+    if isinstance(output, torch.Tensor):
+        return {"output": output}
+    if isinstance(output, Mapping):
+        items = {str(key): item for key, item in output.items()}
+    elif isinstance(output, (tuple, list)):
+        names = getattr(output, "_fields", [f"output_{index}" for index in range(len(output))])
+        items = dict(zip(names, output, strict=True))
+    else:
+        items = {"output": output}
+    for name, item in items.items():
+        if not isinstance(item, torch.Tensor):
+            raise TypeError(
+                f"{name} of the model's result is a {type(item).__name__}: "
+                "wrap the model so that it returns tensors, or a tuple or dict of tensors"
+            )
+    return items

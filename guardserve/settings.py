@@ -1,0 +1,77 @@
+"""The service's settings: the only reader of the environment.
+
+Each field is a command-line option (``--max-batch-size``), an environment variable
+(``GUARDSERVE_MAX_BATCH_SIZE``) and a row of the documented table; an option beats the variable.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from guardserve.exceptions import SettingsError
+
+ENV_PREFIX = "GUARDSERVE_"
+
+MIB = 2**20
+
+
+class ServeSettings(BaseSettings):
+    """What ``guardserve serve`` can be told."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    name: str | None = Field(
+        None, description="The model's name in URLs and metrics; by default the factory's or file's."
+    )
+    model_version: str = Field("1", pattern=r"^[A-Za-z0-9._-]+$", description="The model's version in URLs.")
+    weights: Path | None = Field(
+        None, description="State dict for a factory's model: .safetensors, or a torch.save file."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    input_shape: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Shape of an input without the batch: 3,240,240 or NAME=3,240,240; -1 for any size. Repeatable."
+    )
+    input_dtype: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Element type of an input: float32 or NAME=int64. Repeatable."
+    )
+    allow_pickle: bool = Field(
+        default=False, description="Load files that run pickled code. Only for files you trust as you trust a program."
+    )
+    max_batch_size: int = Field(64, ge=1, description="Most rows that one request may carry.")
+    max_body_size: int = Field(64 * MIB, ge=1, description="Most bytes of a request body, after decompression.")
+    shift_window: int = Field(256, ge=1, description="Samples in the recent window that the shift score judges.")
+    shift_min_samples: int = Field(64, ge=1, description="Samples that the window must hold before it is judged.")
+    shift_threshold: float = Field(
+        0.5, gt=0, description="Shift score, in running standard deviations, from which on the input counts as shifted."
+    )
+    threads: int | None = Field(None, ge=1, description="Threads of one forward on the CPU; by default torch's choice.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log to write.")
+
+    @field_validator("input_shape", "input_dtype", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """In the environment several values are separated by spaces."""
+        return tuple(value.split()) if isinstance(value, str) else value
+
+
+def load_settings(**given: Any) -> ServeSettings:
+    """Combine given values with the environment.
+
+    Raises:
+        SettingsError: If a value cannot be used; the message names each setting, its value and what is wrong.
+    """
+    try:
+        return ServeSettings(**given)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors(include_url=False):
+            field = str(fault["loc"][0]) if fault["loc"] else "settings"
+            option = "--" + field.replace("_", "-")
+            faults.append(f"{option} (or {ENV_PREFIX}{field.upper()}) is {fault['input']!r}: {fault['msg']}")
+        raise SettingsError("; ".join(faults)) from None

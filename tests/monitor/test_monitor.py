@@ -1,0 +1,304 @@
+"""Monitor: attachment, accumulation against float64 numpy, windows, threads and effect sizes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from guardserve import EvalGuard, Monitor, trace_nonfinite
+from guardserve.monitor import LayerShift
+from guardserve.monitor.taps import sample_moments
+
+
+class SubclassedBatchNorm(nn.BatchNorm2d):
+    """A BatchNorm with a forward of its own, as timm has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise, then clip."""
+        return super().forward(x).relu_()
+
+
+class Every(nn.Module):
+    """Every kind of BatchNorm layer, one of them called with a keyword and one run twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = nn.BatchNorm2d(3)
+        self.sub = SubclassedBatchNorm(3)
+        self.sync = nn.SyncBatchNorm(3)
+        self.three = nn.BatchNorm3d(3)
+        self.one = nn.BatchNorm1d(3)
+        self.lazy = nn.LazyBatchNorm1d()
+        self.instance = nn.InstanceNorm2d(3, track_running_stats=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run them all, shape ``(N, 3, H, W)``."""
+        x = self.sync(self.sub(self.two(self.instance(x))))
+        x = self.three(x[:, :, None]).squeeze(2).mean((2, 3))
+        return self.lazy(self.one(self.one(input=x)))
+
+
+def trained(seed: int = 0) -> nn.Module:
+    """Return a small convolutional model whose running statistics fit standard normal input."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.Flatten()
+    )
+    for _ in range(40):
+        model(torch.randn(64, 3, 8, 8))
+    return model.eval()
+
+
+def hooks(model: nn.Module) -> int:
+    """Count the hooks on a model."""
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def exact(layer: Any, inputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute the three effect sizes of each channel in float64 with numpy, all positions of all samples at once."""
+    x = inputs.double().transpose(0, 1).flatten(1).numpy()
+    mean, var = layer.running_mean.double().numpy(), layer.running_var.double().numpy()
+    scale = np.sqrt(var + layer.eps)
+    shift = (x.mean(1) - mean) / scale
+    ratio = np.log(np.sqrt(x.var(1) + layer.eps) / scale)
+    wasserstein2 = np.sqrt(shift**2 + ((x.std(1) - np.sqrt(var)) / scale) ** 2)
+    return shift, ratio, wasserstein2
+
+
+def rms(values: np.ndarray) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def captured(model: nn.Module, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return everything that entered each BatchNorm layer, read by hooks of the test's own."""
+    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].clone()))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def test_it_attaches_to_every_kind_and_removes_itself_wholly() -> None:
+    """1d, 2d, 3d, Sync, lazy and subclasses are watched; InstanceNorm is not; nothing stays after close."""
+    model = Every().eval()
+    with Monitor(model) as monitor:
+        assert monitor.layers == ("two", "sub", "sync", "three", "one", "lazy")
+        model(torch.randn(5, 3, 4, 4))
+        snapshot = monitor.snapshot()
+        assert {layer.name: layer.samples for layer in snapshot.layers} == {
+            "two": 5, "sub": 5, "sync": 5, "three": 5, "one": 10, "lazy": 5,
+        }  # fmt: skip
+        assert snapshot.samples == 5
+    assert hooks(model) == 0
+    with pytest.raises(ZeroDivisionError), Monitor(model):
+        raise ZeroDivisionError
+    assert hooks(model) == 0
+
+
+def test_a_layer_without_running_statistics_is_said_to_be_unobserved() -> None:
+    """What cannot be watched is named with the reason, not passed over."""
+    model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3)).eval()
+    with Monitor(model) as monitor:
+        assert monitor.layers == ("1",)
+        assert monitor.unobserved == {"0": "it keeps no running statistics (track_running_stats=False)"}
+        assert monitor.snapshot().unobserved == monitor.unobserved
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(-3, 3), st.floats(0.1, 5))
+def test_effect_sizes_equal_float64_numpy_however_requests_are_batched(
+    sizes: list[int], offset: float, spread: float
+) -> None:
+    """The accumulated effect sizes are those of the whole stream, computed at once in float64."""
+    model = trained()
+    generator = torch.Generator().manual_seed(len(sizes))
+    batches = [torch.randn(n, 3, 8, 8, generator=generator) * spread + offset for n in sizes]
+    with Monitor(model) as monitor, torch.no_grad():
+        for batch in batches:
+            model(batch)
+        snapshot = monitor.snapshot()
+    assert snapshot.samples == sum(sizes)
+    for layer in snapshot.layers:
+        shift, ratio, wasserstein2 = exact(model.get_submodule(layer.name), captured(model, batches)[layer.name])
+        assert layer.mean_shift == pytest.approx(rms(shift), rel=1e-5, abs=1e-6)
+        assert layer.log_std_ratio == pytest.approx(rms(ratio), rel=1e-5, abs=1e-6)
+        assert layer.wasserstein2 == pytest.approx(rms(wasserstein2), rel=1e-5, abs=1e-6)
+        order = np.argsort(-wasserstein2)[: len(layer.worst_channels)]
+        assert [channel.channel for channel in layer.worst_channels] == order.tolist()
+        for channel in layer.worst_channels:
+            assert channel.mean_shift == pytest.approx(shift[channel.channel], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 3, 5), (4, 3, 6, 5), (2, 3, 2, 3, 4), (3, 3, 1, 1)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sample_moments_equal_float64_in_every_type_and_format(
+    dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool
+) -> None:
+    """Means and variances over positions are right for every rank, type and memory format."""
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 5).to(dtype)
+    if channels_last and x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    mean, variance = sample_moments(x)
+    exact = x.double().flatten(2) if x.ndim > 2 else x.double().unsqueeze(-1)
+    torch.testing.assert_close(mean.double(), exact.mean(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), exact.var(-1, correction=0), rtol=1e-5, atol=1e-6)
+
+
+def test_dead_and_nearly_dead_channels_that_fit_are_no_shift() -> None:
+    """A channel with running variance 0 that stays constant is where it should be, and all stays finite."""
+    model = nn.Sequential(nn.BatchNorm2d(2)).eval()
+    model[0].running_var[0] = 0.0
+    x = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 0.0
+    with Monitor(model) as monitor, torch.no_grad():
+        model(x)
+        (layer,) = monitor.snapshot().layers
+    assert layer.wasserstein2 < 0.05
+    assert layer.log_std_ratio < 0.05
+
+
+def test_a_channel_that_dies_shows_as_a_narrower_spread() -> None:
+    """A dead sensor's constant channel is the worst one, with a negative log ratio and finite figures."""
+    model = trained()
+    x = torch.randn(80, 3, 8, 8)
+    with Monitor(model) as monitor, torch.no_grad():
+        model[1](torch.zeros(80, 8, 6, 6).index_fill(1, torch.tensor([5]), 0.0) + x.new_zeros(1))
+        worst = monitor.snapshot().layers[0].worst_channels[0]
+    assert worst.log_std_ratio < -1
+    assert math.isfinite(worst.log_std_ratio)
+
+
+def test_non_finite_activations_are_counted_and_poison_nothing() -> None:
+    """A NaN sample is left out of the moments, and counted at each layer that it reached."""
+    model = trained()
+    clean = torch.randn(20, 3, 8, 8)
+    with Monitor(model) as monitor, torch.no_grad():
+        model(clean)
+        before = monitor.snapshot()
+        bad = torch.full((2, 3, 8, 8), float("nan"))
+        bad[1] = float("inf")
+        model(bad)
+        after = monitor.snapshot()
+    assert [layer.nonfinite_samples for layer in before.layers] == [0, 0]
+    assert [layer.nonfinite_samples for layer in after.layers] == [2, 2]
+    assert [layer.wasserstein2 for layer in after.layers] == [layer.wasserstein2 for layer in before.layers]
+
+
+def test_only_non_finite_activations_give_no_worst_layer() -> None:
+    """With nothing finite to compare there is no score, rather than a NaN one."""
+    model = trained()
+    with Monitor(model, min_samples=1) as monitor, torch.no_grad():
+        model(torch.full((2, 3, 8, 8), float("nan")))
+        assert monitor.snapshot().worst_layer is None
+        assert monitor.verdict().state == "warming"
+
+
+def test_the_window_forgets_and_the_total_does_not() -> None:
+    """After a shift ends, the recent window is clean again while the total still tells of it."""
+    model = trained()
+    torch.manual_seed(1)
+    with Monitor(model, window=64, min_samples=32) as monitor, torch.no_grad():
+        assert monitor.verdict().state == "warming"
+        for _ in range(8):
+            model(torch.randn(16, 3, 8, 8))
+        assert monitor.verdict().state == "ok"
+        for _ in range(8):
+            model(torch.randn(16, 3, 8, 8) * 4)
+        shifted = monitor.verdict()
+        assert shifted.state == "shifted"
+        assert shifted.layer in monitor.layers
+        assert shifted.score is not None
+        assert shifted.score > 1
+        for _ in range(8):
+            model(torch.randn(16, 3, 8, 8))
+        assert monitor.verdict().state == "ok"
+        total = monitor.snapshot().worst_layer
+        recent = monitor.verdict().window
+        assert isinstance(total, LayerShift)
+        assert total.wasserstein2 > 0.4
+        assert 64 <= recent.samples <= 64 + 16
+        monitor.reset()
+        assert monitor.snapshot().samples == 0
+        assert monitor.snapshot().layers == ()
+
+
+def test_many_threads_lose_no_sample_and_count_none_twice() -> None:
+    """Eight threads give exactly the statistics of the same requests one by one."""
+    model = trained()
+    batches = [torch.randn(1 + i % 3, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(160)]
+    guard = EvalGuard(model)
+    with Monitor(model) as monitor:
+        for batch in batches:
+            guard(batch)
+        alone = monitor.snapshot()
+        monitor.reset()
+        threads = [
+            threading.Thread(target=lambda part=batches[i::8]: [guard(batch) for batch in part]) for i in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        together = monitor.snapshot()
+    assert together.samples == alone.samples == sum(len(batch) for batch in batches)
+    for a, b in zip(alone.layers, together.layers, strict=True):
+        assert a.samples == b.samples
+        assert b.wasserstein2 == pytest.approx(a.wasserstein2, rel=1e-9)
+
+
+def test_forwards_that_fail_or_only_look_are_left_out() -> None:
+    """A forward that raises has served no sample, and tracing a NaN runs the model once more for nobody."""
+
+    class Fragile(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.bn(x)
+            if x[0, 0] > 10:
+                raise ValueError("too large")
+            return y.log()
+
+    model = Fragile().eval()
+    with Monitor(model) as monitor, torch.no_grad():
+        with pytest.raises(ValueError, match="too large"):
+            model(torch.full((2, 3), 11.0))
+        assert monitor.snapshot().samples == 0
+        origin = trace_nonfinite(model, torch.full((2, 3), -1.0))
+        assert origin is not None
+        assert monitor.snapshot().samples == 0
+        model(torch.ones(2, 3))
+        assert monitor.snapshot().samples == 2
+
+
+def test_a_part_called_by_itself_is_seen() -> None:
+    """Calling a submodule directly, past the model's own forward, loses nothing."""
+    model = trained()
+    with Monitor(model) as monitor, torch.no_grad():
+        model[1](torch.randn(7, 8, 3, 3))
+        assert [(layer.name, layer.samples) for layer in monitor.snapshot().layers] == [("1", 7)]
+
+
+def test_wrong_arguments_are_named() -> None:
+    """The window must be able to hold what it is judged on, and a threshold is positive."""
+    with pytest.raises(ValueError, match=r"min_samples=65, window=64"):
+        Monitor(nn.BatchNorm1d(2), window=64, min_samples=65)
+    with pytest.raises(ValueError, match=r"threshold=0"):
+        Monitor(nn.BatchNorm1d(2), threshold=0)

@@ -1,0 +1,69 @@
+"""Finding NaN and infinity in nested outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from guardserve.nonfinite import find_nonfinite, is_finite, named_tensors
+
+
+class Pair(NamedTuple):
+    """An output as a named tuple."""
+
+    logits: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass
+class Wrapped:
+    """An output as a dataclass."""
+
+    boxes: list[torch.Tensor]
+
+
+def test_every_tensor_in_a_nested_output_has_a_path() -> None:
+    """Mappings, sequences, named tuples and dataclasses are walked; anything else holds no tensors."""
+    x = torch.zeros(1)
+    output = {"a": [x, (x,)], "b": Pair(x, x), "c": Wrapped([x]), "d": "text", "e": None}
+    assert [path for path, _ in named_tensors(output)] == [
+        "output['a'][0]",
+        "output['a'][1][0]",
+        "output['b'][0]",
+        "output['b'][1]",
+        "output['c'].boxes[0]",
+    ]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_each_non_finite_value_is_found_in_each_float_type(bad: float, dtype: torch.dtype) -> None:
+    """Count, rows and first index are those of the bad values."""
+    x = torch.zeros(3, 4, dtype=dtype)
+    x[1, 2] = bad
+    x[2, 0] = bad
+    (found,) = find_nonfinite(x)
+    assert (found.count, found.total, found.rows, found.first) == (2, 12, (1, 2), (1, 2))
+    assert str(found) == "output holds 2 non-finite values of 12, the first at index (1, 2)"
+
+
+def test_finite_values_whose_sum_overflows_are_finite() -> None:
+    """The quick test by the sum must not take an overflow for a fault."""
+    assert is_finite(torch.full((4,), torch.finfo(torch.float32).max))
+    assert is_finite(torch.full((4,), 60000.0, dtype=torch.float16))
+
+
+def test_opposite_infinities_are_not_hidden_by_their_sum() -> None:
+    """Infinity minus infinity is NaN, so the sum still shows them."""
+    assert not is_finite(torch.tensor([float("inf"), -float("inf")]))
+
+
+def test_integers_scalars_and_empty_tensors_are_handled() -> None:
+    """Integers are always finite, a scalar has row 0, an empty tensor has nothing bad."""
+    assert is_finite(torch.arange(3))
+    assert is_finite(torch.empty(0, 5))
+    (found,) = find_nonfinite(torch.tensor(float("nan")))
+    assert (found.rows, found.first) == ((0,), ())

@@ -1,0 +1,68 @@
+"""Finding the module in which a non-finite value arises."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from guardserve import trace_nonfinite
+
+
+class LogNet(nn.Module):
+    """Takes a logarithm in its own forward, outside any child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+        self.last = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits, NaN for negative sums."""
+        return self.last(self.first(x)) + x.sum(1, keepdim=True).log()
+
+
+def test_a_child_with_bad_parameters_is_named() -> None:
+    """The innermost module that made NaN of finite inputs is the origin, though all later ones give NaN too."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()), nn.Linear(3, 2))
+    torch.nn.init.constant_(model[1][0].running_var, -1.0)
+    origin = trace_nonfinite(model, torch.ones(2, 3))
+    assert origin is not None
+    assert (origin.module, origin.kind, origin.output.count) == ("1.0", "BatchNorm1d", 6)
+    assert str(origin) == "1.0 (BatchNorm1d)"
+    assert all(module.training for module in model.modules()), "the flags came back"
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_operation_outside_any_child_names_the_model_itself() -> None:
+    """When no child is to blame, the module whose own forward made the value is."""
+    origin = trace_nonfinite(LogNet(), -torch.ones(1, 3))
+    assert origin is not None
+    assert (origin.module, str(origin)) == ("", "the model itself (LogNet)")
+
+
+def test_finite_outputs_and_bad_inputs_have_no_origin() -> None:
+    """Nothing arose in the model when all is finite, or when the input already was not."""
+    model = LogNet()
+    assert trace_nonfinite(model, torch.ones(1, 3)) is None
+    assert trace_nonfinite(model, torch.full((1, 3), float("nan"))) is None
+
+
+def test_an_origin_seen_before_the_forward_raised_is_kept() -> None:
+    """A later operation that refuses NaN does not hide where it came from."""
+
+    class Strict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bad = nn.Linear(2, 2)
+            torch.nn.init.constant_(self.bad.weight, float("nan"))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.bad(x)
+            if y.isnan().any():
+                raise ValueError("NaN")
+            return y
+
+    origin = trace_nonfinite(Strict(), torch.ones(1, 2))
+    assert origin is not None
+    assert origin.module == "bad"
+    assert trace_nonfinite(Strict(), torch.ones(1, 5)) is None, "it raised before anything became non-finite"
