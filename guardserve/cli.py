@@ -11,8 +11,10 @@ import click
 import torch
 import uvicorn
 from pydantic.fields import FieldInfo
+from rich.console import Console
 
 from guardserve import __version__
+from guardserve.demo.traffic import run_demo
 from guardserve.exceptions import GuardserveError
 from guardserve.loading import load_model
 from guardserve.runtime import Runtime
@@ -55,7 +57,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[Callable[..., None]], Call
     return click.option(flag, name, metavar=metavar, help=text)  # pydantic checks the value, and says what is wrong
 
 
-@click.group()
+@click.group(context_settings={"max_content_width": 110})
 @click.version_option(__version__, prog_name="guardserve")
 def main() -> None:
     """Safeguards for PyTorch models with BatchNorm."""
@@ -116,3 +118,17 @@ def serve(model: str, **options: Any) -> None:
         max_body_size=settings.max_body_size,
     )
     uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False)
+
+
+@main.command(cls=Command)
+@click.option("--once", is_flag=True, help="End after the traffic, with status 0 if the shift was noticed.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, help="Port to listen on; 0 takes a free one.")
+def demo(host: str, port: int, *, once: bool) -> None:
+    """Serve the embedded model, send it clean and then shifted traffic, and watch the monitor notice.
+
+    The digits come from scikit-learn: pip install "guardserve[demo]".
+    """
+    logging.basicConfig(level=logging.ERROR)
+    if not run_demo(host, port, once=once, console=Console()):
+        raise click.ClickException("the monitor's alarms were not as they should be; see the table")

@@ -65,6 +65,8 @@ class ProtocolEndpoints:
     def router(self) -> APIRouter:
         """Build the router."""
         router = APIRouter(tags=["Open Inference Protocol V2"])
+        answers: dict[int | str, dict[str, Any]] = {200: {"model": InferenceResponse}}
+        answers |= {code: {"model": ErrorBody} for code in (400, 404, 413, 415, 500, 503)}
         unready: dict[int | str, dict[str, Any]] = {503: {"model": ErrorBody}}
         router.get("/v2")(self.server)
         router.get("/v2/health/live", response_class=Response)(self.live)
@@ -82,8 +84,7 @@ class ProtocolEndpoints:
                 f"{prefix}/infer",
                 operation_id=f"{kind}_infer",
                 response_class=Response,
-                responses={200: {"model": InferenceResponse}}
-                | {code: {"model": ErrorBody} for code in (400, 404, 413, 415, 500, 503)},
+                responses=answers,
                 openapi_extra=_infer_body(),
             )(self.infer)
         return router

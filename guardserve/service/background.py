@@ -1,0 +1,47 @@
+"""The service in a thread of this process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from guardserve.exceptions import GuardserveError
+
+START_TIMEOUT = 60.0
+
+
+@contextmanager
+def serve_in_background(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Run an application under uvicorn until the block ends.
+
+    Args:
+        app: The application.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+
+    Yields:
+        The server's URL, once it accepts connections; the model may still be on its start-up probe.
+
+    Raises:
+        GuardserveError: If the server does not start.
+    """
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
+    thread = threading.Thread(target=server.run, name="guardserve-server")
+    thread.start()
+    try:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > deadline:
+                raise GuardserveError(
+                    f"the server did not start on {host}:{port}: is the port taken? Port 0 takes a free one"
+                )
+            time.sleep(0.01)
+        yield f"http://{host}:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,232 @@
+"""The service from outside: a real uvicorn on loopback, faulty models and faulty requests."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from serving import metric, serving
+from torch import nn
+
+from guardserve import __version__
+from guardserve.metrics import REASONS
+from guardserve.signature import TensorSpec
+
+INFER = "/v2/models/net/infer"
+
+
+def net() -> nn.Module:
+    """Return a small model, left in training mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
+def body(*rows: list[float], **changes: Any) -> dict[str, Any]:
+    """Return a request for rows of three features, with some fields of its input changed."""
+    tensor = {"name": "x", "shape": [len(rows), 3], "datatype": "FP32", "data": [v for row in rows for v in row]}
+    return {"inputs": [tensor | changes]}
+
+
+GOOD = body([1.0, 2.0, 3.0])
+
+
+def error(answer: httpx.Response, status: int) -> str:
+    """Check that an answer is a failure in the protocol's form, and return its message."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert list(answer.json()) == ["error"]
+    message = answer.json()["error"]
+    assert isinstance(message, str)
+    assert message
+    return message
+
+
+def test_a_request_gets_the_eval_answer_with_its_id() -> None:
+    """The model left in training mode answers as in eval mode, row by row."""
+    model = net()
+    with torch.no_grad():
+        rows = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+        want = nn.Sequential(*model).eval()(rows)
+    model.train()
+    with serving(model) as client:
+        answer = client.post(INFER, json=body(*rows.tolist()) | {"id": "mine"})
+    assert answer.status_code == 200
+    assert answer.json()["id"] == "mine"
+    assert answer.json()["model_name"] == "net"
+    (output,) = answer.json()["outputs"]
+    assert (output["name"], output["datatype"], output["shape"]) == ("output", "FP32", [2, 2])
+    torch.testing.assert_close(torch.tensor(output["data"]).reshape(2, 2), want)
+    assert all(module.training for module in model.modules()), "the model is as it was once the server has stopped"
+
+
+def test_metadata_health_and_version_are_the_protocols() -> None:
+    """Names, shapes with -1 for the batch, types and readiness, with and without a version."""
+    with serving(net()) as client:
+        assert client.get("/v2").json() == {
+            "name": "guardserve",
+            "version": __version__,
+            "extensions": ["binary_tensor_data"],
+        }
+        tensor = {"datatype": "FP32", "shape": [-1, 3]}
+        for path in ("/v2/models/net", "/v2/models/net/versions/1"):
+            assert client.get(path).json() == {
+                "name": "net",
+                "versions": ["1"],
+                "platform": "pytorch_eager",
+                "inputs": [{"name": "x", **tensor}],
+                "outputs": [{"name": "output", "datatype": "FP32", "shape": [-1, 2]}],
+            }
+            assert client.get(f"{path}/ready").status_code == 200
+            assert client.post(f"{path}/infer", json=GOOD).status_code == 200
+        assert client.get("/v2/health/live").status_code == 200
+        assert client.get("/v2/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        ({"content": b"{not json"}, "JSON"),
+        ({"content": b""}, "JSON"),
+        ({"json": [1]}, "object"),
+        ({"json": body([1.0, 2.0, 3.0], shape=[1, 4])}, "4"),
+        ({"json": body([1.0, 2.0, 3.0], shape=[3])}, r"\[3\]"),
+        ({"json": body([1.0, 2.0, 3.0], datatype="INT64")}, "INT64"),
+        ({"json": body([1.0, 2.0, 3.0], name="y")}, "'y'"),
+        ({"json": body(*[[1.0, 2.0, 3.0]] * 9)}, "8"),
+        ({"json": {"inputs": []}}, "x"),
+        ({"content": b'{"inputs":[{"name":"x","shape":[1,3],"datatype":"FP32","data":[1,NaN,3]}]}'}, "non-finite"),
+        ({"json": GOOD, "headers": {"Inference-Header-Content-Length": "-1"}}, "-1"),
+    ],
+)
+def test_a_bad_request_is_named_and_the_server_lives_on(sent: dict[str, Any], says: str) -> None:
+    """Each fault is a 400 in the protocol's form that names it, and the next request is answered."""
+    with serving(net()) as client:
+        message = error(client.post(INFER, **sent), 400)
+        assert says.replace("\\", "") in message
+        assert client.post(INFER, json=GOOD).status_code == 200
+        assert metric(client, 'guardserve_requests_total{model="net",status="400"}') == 1
+        errors = {r: metric(client, f'guardserve_request_errors_total{{model="net",reason="{r}"}}') for r in REASONS}
+        assert sum(errors.values()) == 1
+
+
+def test_unknown_paths_methods_models_and_versions_are_errors_in_the_protocols_form() -> None:
+    """404 and 405 have the protocol's body, and there are no redirects."""
+    with serving(net()) as client:
+        error(client.get("/nothing"), 404)
+        error(client.get("/v2/"), 404)
+        error(client.get(INFER), 405)
+        assert "'other'" in error(client.post("/v2/models/other/infer", json=GOOD), 404)
+        assert "'7'" in error(client.get("/v2/models/net/versions/7"), 404)
+
+
+def test_a_body_that_is_too_large_is_refused_by_its_length_and_as_it_arrives() -> None:
+    """Neither a declared length nor a stream gets past the limit."""
+    with serving(net(), max_body_size=1000) as client:
+        assert "1000" in error(client.post(INFER, content=b"x" * 1001), 413)
+        error(client.post(INFER, content=iter([b"x" * 600, b"x" * 600])), 413)
+        assert client.post(INFER, json=GOOD).status_code == 200
+
+
+class Faulty(nn.Module):
+    """Raises, or gives NaN for one row, when its input says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return NaN in rows whose first feature is -7, raise where it is 7."""
+        if (x[:, 0] == 7).any():
+            raise FileNotFoundError("/secret/path")
+        y: torch.Tensor = self.bn(x)
+        return y.masked_fill(x[:, :1] == -7, float("nan"))
+
+
+def test_a_model_that_raises_or_gives_nan_is_a_clear_error_and_the_server_lives_on() -> None:
+    """The client learns which output and where it arose, but no path; everything is counted."""
+    with serving(Faulty()) as client:
+        message = error(client.post(INFER, json=body([7.0, 0.0, 0.0])), 500)
+        assert "FileNotFoundError" in message
+        assert "secret" not in message
+        message = error(client.post(INFER, json=body([1.0, 0.0, 0.0], [-7.0, 1.0, 2.0])), 500)
+        assert "output holds 3 non-finite values of 6, the first at index (1, 0)" in message
+        assert "the model itself (Faulty)" in message
+        assert client.post(INFER, json=GOOD).status_code == 200
+        assert metric(client, 'guardserve_request_errors_total{model="net",reason="model_error"}') == 1
+        assert metric(client, 'guardserve_request_errors_total{model="net",reason="nonfinite_output"}') == 1
+        assert metric(client, 'guardserve_nonfinite_samples_total{model="net",name="output",origin="output"}') == 1
+        assert metric(client, 'guardserve_requests_in_flight{model="net"}') == 0
+
+
+class OnlyPairs(nn.Module):
+    """Fails at batch size 1, as a BatchNorm layer that uses batch statistics does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3, track_running_stats=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise by the batch's own statistics."""
+        y: torch.Tensor = self.bn(x)
+        return y
+
+
+def test_a_model_that_fails_at_batch_one_never_becomes_ready() -> None:
+    """The start-up probe's failure is what readiness and requests answer, and liveness stays up."""
+    with serving(OnlyPairs()) as client:
+        message = error(client.get("/v2/health/ready"), 503)
+        assert "start-up probe failed" in message
+        assert "more than 1 value per channel" in message
+        error(client.post(INFER, json=GOOD), 503)
+        assert client.get("/v2/health/live").status_code == 200
+        assert metric(client, 'guardserve_model_ready{model="net"}') == 0
+
+
+class TwoInTwoOut(nn.Module):
+    """Two inputs of different types and a dict of two outputs."""
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the sum and the flag."""
+        return {"sum": x.sum(1) + ids, "flag": ids > 2}
+
+
+def test_several_inputs_and_named_outputs_keep_their_names_types_and_order() -> None:
+    """A dict's keys are the outputs' names; the filter chooses among them."""
+    specs = (TensorSpec("x", torch.float32, (-1, 2)), TensorSpec("ids", torch.int64, (-1,)))
+    inputs = [
+        {"name": "ids", "shape": [2], "datatype": "INT64", "data": [1, 5]},
+        {"name": "x", "shape": [2, 2], "datatype": "FP32", "data": [[1, 2], [3, 4]]},
+    ]
+    with serving(TwoInTwoOut(), *specs) as client:
+        both = client.post(INFER, json={"inputs": inputs}).json()["outputs"]
+        assert {o["name"]: o["data"] for o in both} == {"sum": [4.0, 12.0], "flag": [False, True]}
+        only = client.post(INFER, json={"inputs": inputs, "outputs": [{"name": "flag"}]}).json()["outputs"]
+        assert [o["name"] for o in only] == ["flag"]
+        assert "'none'" in error(client.post(INFER, json={"inputs": inputs, "outputs": [{"name": "none"}]}), 400)
+
+
+def test_openapi_describes_every_endpoint_and_the_docs_page_is_there() -> None:
+    """The document names both body forms of an inference request."""
+    with serving(net()) as client:
+        document = client.get("/openapi.json").json()
+        content = document["paths"]["/v2/models/{model}/infer"]["post"]["requestBody"]["content"]
+        assert set(content) == {"application/json", "application/octet-stream"}
+        assert "/metrics" in document["paths"]
+        assert client.get("/docs").status_code == 200
+
+
+def test_the_monitor_counts_what_was_served_and_not_the_probe() -> None:
+    """Samples are the rows of answered requests."""
+    with serving(net()) as client:
+        assert metric(client, 'guardserve_samples_total{model="net"}') == 0
+        for rows in (1, 3):
+            client.post(INFER, json=body(*[[1.0, 2.0, 3.0]] * rows))
+        assert metric(client, 'guardserve_samples_total{model="net"}') == 4
+        assert math.isnan(metric(client, 'guardserve_shift_score{model="net"}')), "too few samples for a score"
+        for _ in range(8):
+            client.post(INFER, json=body(*[[1.0, 2.0, 3.0]] * 8))
+        assert metric(client, 'guardserve_shift_score{model="net"}') > 0
+        assert metric(client, 'guardserve_guard_violations_total{kind="training_on_entry",model="net"}') == 1
