@@ -28,7 +28,8 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits, shape ``(N, 2)``."""
-        return self.head(self.block(self.stem(x)).mean((2, 3)))
+        y: torch.Tensor = self.head(self.block(self.stem(x)).mean((2, 3)))
+        return y
 
 
 @pytest.fixture
@@ -185,7 +186,8 @@ class Stubborn(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise, in training mode unless somebody prevents it."""
         self.bn.train()
-        return self.bn(x)
+        y: torch.Tensor = self.bn(x)
+        return y
 
 
 def test_an_overridden_train_and_a_train_inside_forward_do_not_defeat_it() -> None:
@@ -224,7 +226,8 @@ def test_a_decorated_method_function_and_static_call_are_guarded(net: Net) -> No
         def predict(self, x: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
             """Predict."""
             assert not any(flags(net))
-            return net(x) * scale
+            y: torch.Tensor = net(x)
+            return y * scale
 
     before = flags(net)
     torch.testing.assert_close(Server().predict(X, scale=2.0), expected(net) * 2)
@@ -371,8 +374,7 @@ def test_a_model_found_training_is_reported_once_and_counted_each_time(
 
 def poison(net: Net) -> None:
     """Put a NaN into a running variance, as one bad training batch would."""
-    assert net.block[1].running_var is not None
-    net.block[1].running_var[2] = float("nan")
+    net.get_buffer("block.1.running_var")[2] = float("nan")
 
 
 def test_a_non_finite_output_raises_with_output_count_and_module(net: Net) -> None:

@@ -18,13 +18,14 @@ class LogNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits, NaN for negative sums."""
-        return self.last(self.first(x)) + x.sum(1, keepdim=True).log()
+        y: torch.Tensor = self.last(self.first(x))
+        return y + x.sum(1, keepdim=True).log()
 
 
 def test_a_child_with_bad_parameters_is_named() -> None:
     """The innermost module that made NaN of finite inputs is the origin, though all later ones give NaN too."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()), nn.Linear(3, 2))
-    torch.nn.init.constant_(model[1][0].running_var, -1.0)
+    model.get_buffer("1.0.running_var").fill_(-1.0)
     origin = trace_nonfinite(model, torch.ones(2, 3))
     assert origin is not None
     assert (origin.module, origin.kind, origin.output.count) == ("1.0", "BatchNorm1d", 6)

@@ -45,10 +45,11 @@ class Every(nn.Module):
         """Run them all, shape ``(N, 3, H, W)``."""
         x = self.sync(self.sub(self.two(self.instance(x))))
         x = self.three(x[:, :, None]).squeeze(2).mean((2, 3))
-        return self.lazy(self.one(self.one(input=x)))
+        y: torch.Tensor = self.lazy(self.one(self.one(input=x)))
+        return y
 
 
-def trained(seed: int = 0) -> nn.Module:
+def trained(seed: int = 0) -> nn.Sequential:
     """Return a small convolutional model whose running statistics fit standard normal input."""
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -163,7 +164,7 @@ def test_sample_moments_equal_float64_in_every_type_and_format(
 def test_dead_and_nearly_dead_channels_that_fit_are_no_shift() -> None:
     """A channel with running variance 0 that stays constant is where it should be, and all stays finite."""
     model = nn.Sequential(nn.BatchNorm2d(2)).eval()
-    model[0].running_var[0] = 0.0
+    model[0].get_buffer("running_var")[0] = 0.0
     x = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     x[:, 0] = 0.0
     with Monitor(model) as monitor, torch.no_grad():
@@ -271,7 +272,7 @@ def test_forwards_that_fail_or_only_look_are_left_out() -> None:
             self.bn = nn.BatchNorm1d(3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.bn(x)
+            y: torch.Tensor = self.bn(x)
             if x[0, 0] > 10:
                 raise ValueError("too large")
             return y.log()

@@ -18,7 +18,7 @@ from guardserve.signature import TensorSpec
 INFER = "/v2/models/net/infer"
 
 
-def net() -> nn.Module:
+def net() -> nn.Sequential:
     """Return a small model, left in training mode."""
     torch.manual_seed(0)
     return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))

@@ -1,0 +1,74 @@
+"""The package as a whole: its public names, what importing it loads, and that imports go downward only."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import guardserve
+
+ROOT = Path(guardserve.__file__).parent
+
+# from the ground up; rooms of one level do not import each other
+LEVELS = (
+    {"exceptions"},
+    {"signature", "batchnorm", "stats", "nonfinite"},
+    {"modes"},
+    {"tracing"},
+    {"guard", "loading", "settings", "monitor"},
+    {"runtime"},
+    {"metrics"},
+    {"service"},
+    {"demo"},
+    {"cli"},
+)
+
+
+def test_all_is_exactly_the_public_names() -> None:
+    """Everything importable from the root is meant to be, and is listed in order."""
+    public = {
+        name for name, value in vars(guardserve).items() if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public | {"__version__"} == set(guardserve.__all__)
+    assert guardserve.__all__ == sorted(guardserve.__all__)
+
+
+def test_importing_it_loads_torch_and_nothing_of_the_web_metrics_or_command_line() -> None:
+    """A team that imports EvalGuard into its own server gets no second server."""
+    code = "import sys, guardserve; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "torch" in loaded
+    unwanted = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "click", "httpx", "rich", "orjson"}
+    assert not loaded & unwanted
+
+
+def room(module: str) -> str:
+    """Return the room of a module: the first part of its name below the package."""
+    return module.removeprefix("guardserve.").split(".")[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Return the rooms that a file imports at its top level."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("guardserve"):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "guardserve" else []
+            found |= {room(name) for name in names or [node.module or ""]}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downward_only(path: Path) -> None:
+    """Every module belongs to a room on a known level, and imports only from below or from its own room."""
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    level = next(i for i, rooms in enumerate(LEVELS) if own in rooms)
+    below = set().union(*LEVELS[:level])
+    assert imports(path) - {own} <= below
