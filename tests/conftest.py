@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 # the machines that run the tests are shared: how long an example takes says nothing about the code
 settings.register_profile("guardserve", deadline=None)
 settings.load_profile("guardserve")
+
+
+@pytest.fixture(scope="session")
+def require_program() -> Callable[[str], str]:
+    """Find a program; a test that needs a missing one is skipped, but fails in CI, where all must be installed."""
+
+    def find(name: str) -> str:
+        places = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        program = shutil.which(name, path=os.pathsep.join(places))
+        if program is None:
+            give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+            give_up(f"{name} is not installed: run .ci/install-system-packages, or make test for Python's programs")
+        return program
+
+    return find
