@@ -17,10 +17,11 @@ ROOT = Path(guardserve.__file__).parent
 # from the ground up; rooms of one level do not import each other
 LEVELS = (
     {"exceptions"},
-    {"signature", "batchnorm", "stats", "nonfinite"},
+    {"signature", "batchnorm", "graphs", "stats", "nonfinite"},
     {"modes"},
     {"tracing"},
     {"guard", "loading", "settings", "monitor"},
+    {"audit"},
     {"runtime"},
     {"metrics"},
     {"service"},
