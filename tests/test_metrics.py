@@ -1,0 +1,95 @@
+"""The metrics that a scrape gives."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from serving import loaded
+from torch import nn
+
+from guardserve.metrics import METRICS, WORST_CHANNELS, Metrics
+from guardserve.runtime import Runtime
+from guardserve.signature import TensorSpec
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    """Return the metrics of a small model that has served a window of samples, one with a NaN activation."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    runtime = Runtime(loaded(model, TensorSpec("x", torch.float32, (-1, 3))))
+    runtime.start()
+    metrics = Metrics(runtime)
+    for _ in range(10):
+        runtime.infer({"x": torch.randn(8, 3)})
+        metrics.forward_ended(8, 0.002)
+        metrics.request_ended(200, 0.003)
+    metrics.request_ended(400, 0.001, "malformed")
+    return metrics
+
+
+def test_the_table_is_exactly_what_a_scrape_gives(metrics: Metrics) -> None:
+    """Every documented metric is exported with its kind and labels, and nothing else of ours is."""
+    families = {
+        family.name + ("_total" if family.type == "counter" else ""): family
+        for family in text_string_to_metric_families(metrics.render().decode())
+        if family.name.startswith("guardserve_")
+    }
+    assert set(families) == set(METRICS)
+    for name, description in METRICS.items():
+        family = families[name]
+        assert family.type == description.kind
+        assert family.documentation == description.help
+        assert family.samples, name
+        for sample in family.samples:
+            assert set(sample.labels) - {"le"} == set(description.labels)
+
+
+def test_names_follow_the_conventions_as_promtool_knows_them(
+    metrics: Metrics, require_program: Callable[[str], str]
+) -> None:
+    """Promtool's linter has nothing to say."""
+    promtool = require_program("promtool")
+    done = subprocess.run([promtool, "check", "metrics"], input=metrics.render(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert not done.stderr
+
+
+def test_label_values_stay_bounded_however_wide_the_model() -> None:
+    """Only the worst few channels of the whole model have series of their own."""
+    model = nn.Sequential(*(nn.BatchNorm1d(256) for _ in range(10)))
+    runtime = Runtime(loaded(model, TensorSpec("x", torch.float32, (-1, 256))))
+    runtime.start()
+    runtime.infer({"x": torch.randn(128, 256)})
+    lines = Metrics(runtime).render().decode().splitlines()
+    assert sum(line.startswith("guardserve_channel_wasserstein2{") for line in lines) == WORST_CHANNELS
+    assert sum(line.startswith("guardserve_layer_wasserstein2{") for line in lines) == 10
+
+
+def test_counters_that_can_move_are_there_from_the_start(metrics: Metrics) -> None:
+    """A series that appears with its first increment would hide that increment from rate()."""
+    text = metrics.render().decode()
+    assert 'guardserve_nonfinite_samples_total{model="net",name="output",origin="output"} 0.0' in text
+    assert 'guardserve_nonfinite_samples_total{model="net",name="x",origin="input"} 0.0' in text
+    assert 'guardserve_nonfinite_samples_total{model="net",name="2",origin="activation"} 0.0' in text
+    assert 'guardserve_request_errors_total{model="net",reason="nonfinite_output"} 0.0' in text
+    assert 'guardserve_guard_violations_total{kind="training_during_forward",model="net"} 0.0' in text
+
+
+def test_two_models_metrics_do_not_touch_the_global_registry(metrics: Metrics) -> None:
+    """A second server in the same process has its own registry, and the default one stays as it was."""
+    from prometheus_client import REGISTRY  # noqa: PLC0415 - only to see that it is untouched
+
+    other = Metrics(Runtime(loaded(nn.BatchNorm1d(3), name="other")))
+    assert b'model="net"' not in other.render()
+    assert b'model="net"' in metrics.render()
+    assert not any(family.name.startswith("guardserve_") for family in REGISTRY.collect())
+
+
+def test_a_scrape_needs_no_server() -> None:
+    """The text format parses for a model that has not started yet."""
+    text = Metrics(Runtime(loaded(nn.BatchNorm1d(3)))).render().decode()
+    assert 'guardserve_model_ready{model="net"} 0.0' in text
