@@ -55,7 +55,8 @@ FROM python:${PYTHON}
 LABEL org.opencontainers.image.title="guardserve" \
       org.opencontainers.image.description="Serves a PyTorch model with BatchNorm under guard, and watches it." \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN useradd --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin guardserve
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin guardserve \
+    && mkdir /models
 COPY docker/healthcheck.py /healthcheck.py
 COPY --from=build /venv /venv
 COPY --from=build /package /venv
