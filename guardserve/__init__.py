@@ -13,7 +13,7 @@ from guardserve.exceptions import (
     SettingsError,
     TrainingModeError,
 )
-from guardserve.guard import EvalGuard, NonFiniteOutputWarning
+from guardserve.guard import EvalGuard, GuardWarning, NonFiniteOutputWarning
 from guardserve.loading import example_input, load_model
 from guardserve.monitor import Monitor
 from guardserve.stats import Moments
@@ -22,6 +22,7 @@ from guardserve.tracing import trace_nonfinite
 __all__ = [
     "EvalGuard",
     "GuardError",
+    "GuardWarning",
     "GuardserveError",
     "InputError",
     "MissingExtraError",

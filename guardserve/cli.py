@@ -107,6 +107,7 @@ def serve(model: str, **options: Any) -> None:
     )
     runtime = Runtime(
         loaded,
+        on_hazard=settings.on_hazard,
         shift_window=settings.shift_window,
         shift_min_samples=settings.shift_min_samples,
         shift_threshold=settings.shift_threshold,

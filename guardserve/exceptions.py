@@ -10,7 +10,7 @@ Every one of them names what was wrong (the module, the field, the value seen) a
     ├── InputError                 an inference request's tensors do not fit the model (also a ValueError)
     └── GuardError                 a safeguard stopped an inference
         ├── NonFiniteOutputError   an output holds NaN or infinity
-        └── TrainingModeError      a module was found training where that is unsafe
+        └── TrainingModeError      eval mode does not keep the model from using or moving batch statistics
 """
 
 from __future__ import annotations
@@ -80,4 +80,4 @@ class NonFiniteOutputError(GuardError):
 
 
 class TrainingModeError(GuardError):
-    """A module is in training mode and cannot be, or was not, put in eval mode."""
+    """The model uses its batch's statistics, or moves its running ones, although it is in eval mode."""

@@ -11,13 +11,16 @@ import types
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, overload
 
 import torch
 from torch import nn
 
-from guardserve.exceptions import NonFiniteOutputError
+from guardserve.batchnorm import batchnorm_layers
+from guardserve.buffers import BufferWatch
+from guardserve.exceptions import NonFiniteOutputError, TrainingModeError
+from guardserve.graphs import graph_norms
 from guardserve.modes import EvalHold
 from guardserve.nonfinite import NonFinite, find_nonfinite
 from guardserve.tracing import trace_nonfinite
@@ -26,11 +29,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NonFinitePolicy = Literal["raise", "warn", "ignore"]
+HazardPolicy = Literal["raise", "warn"]
 
 _log = logging.getLogger(__name__)
 
 
-class NonFiniteOutputWarning(RuntimeWarning):
+class GuardWarning(RuntimeWarning):
+    """The guard has met something that it cannot prevent, and goes on."""
+
+
+class NonFiniteOutputWarning(GuardWarning):
     """A guarded model returned NaN or infinity, and the policy is ``"warn"``."""
 
 
@@ -60,6 +68,11 @@ class EvalGuard:
         on_nonfinite: What to do when an output of a call or of a decorated function holds NaN or infinity:
             ``"raise"`` a :class:`NonFiniteOutputError`, ``"warn"`` with a :class:`NonFiniteOutputWarning`,
             or ``"ignore"`` it. It is counted in any case.
+        on_hazard: What to do about a model that eval mode cannot fix: ``"raise"`` a :class:`TrainingModeError`,
+            or ``"warn"`` with a :class:`GuardWarning`, count it and go on. Such is one whose BatchNorm layers use
+            their batch's statistics in eval mode too (``track_running_stats=False``, or a graph traced or exported
+            in training mode): found when the guard is made. And one whose forward moves the running statistics
+            all the same: found when it has. Any other buffer that a forward changes is warned of and counted.
         trace_interval: Seconds that must pass between two searches for the module where a non-finite value
             arose. Each search runs the model once more.
         inference_mode: Call the model under ``torch.inference_mode()`` rather than ``torch.no_grad()``. It is
@@ -74,22 +87,34 @@ class EvalGuard:
         model: nn.Module,
         *,
         on_nonfinite: NonFinitePolicy = "raise",
+        on_hazard: HazardPolicy = "raise",
         trace_interval: float = 0.0,
         inference_mode: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"EvalGuard needs a torch.nn.Module, got {type(model).__name__}: pass the model itself")
-        if on_nonfinite not in get_args(NonFinitePolicy):
-            raise ValueError(f"on_nonfinite={on_nonfinite!r}: use one of {', '.join(get_args(NonFinitePolicy))}")
+        for name, value, policy in (
+            ("on_nonfinite", on_nonfinite, NonFinitePolicy),
+            ("on_hazard", on_hazard, HazardPolicy),
+        ):
+            if value not in get_args(policy):
+                raise ValueError(f"{name}={value!r}: use one of {', '.join(get_args(policy))}")
         self.module = model
         self._on_nonfinite = on_nonfinite
+        self._on_hazard = on_hazard
         self._trace_interval = trace_interval
         self._next_trace = 0.0
         self._inference_mode = inference_mode
-        self._hold = EvalHold(model)
         self._counts: Counter[str] = Counter()
-        self._counts_lock = threading.Lock()
+        self._lock = threading.Lock()
+        hazards = list(eval_hazards(model))
+        if hazards:
+            self._meet("hazards", "; ".join(hazards), len(hazards))
+        self._hold = EvalHold(model)
         self._finalizer = weakref.finalize(self, self._hold.close)
+        self._watch = BufferWatch(model)
+        self._watched = self._hold.generation
+        self._inside = 0
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -97,9 +122,10 @@ class EvalGuard:
 
         ``calls``; ``nonfinite_outputs`` (calls with a non-finite output); ``nonfinite_values``;
         ``training_on_entry`` (calls or blocks that found a module training);
-        ``training_during_forward`` (modules that were put in training mode inside a call or block).
+        ``training_during_forward`` (modules that were put in training mode inside a call or block);
+        ``buffers_changed`` (buffers that a call or block changed); ``hazards`` (see ``on_hazard``).
         """
-        with self._counts_lock:
+        with self._lock:
             counts = dict.fromkeys(COUNTS, 0) | self._counts
             counts["training_during_forward"] += self._hold.interventions
         return counts
@@ -117,6 +143,7 @@ class EvalGuard:
 
         Raises:
             NonFiniteOutputError: If an output holds NaN or infinity and the policy is ``"raise"``.
+            TrainingModeError: If the forward moved running statistics and that policy is ``"raise"``.
         """
         if len(args) == 1 and not kwargs and isinstance(args[0], (types.FunctionType, types.MethodType)):
             return self._decorate(args[0])
@@ -143,13 +170,16 @@ class EvalGuard:
 
     def __exit__(self, *exc_info: object) -> None:
         """Leave the block, restoring the flags unless another holder is still inside."""
-        self.release()
-        _grad.restore()
+        try:
+            self.release()
+        finally:
+            _grad.restore()
 
     def __reduce__(self) -> tuple[Callable[..., EvalGuard], tuple[nn.Module]]:
         """Copy and pickle as a fresh guard of the copied model."""
         options: dict[str, Any] = {
             "on_nonfinite": self._on_nonfinite,
+            "on_hazard": self._on_hazard,
             "trace_interval": self._trace_interval,
             "inference_mode": self._inference_mode,
         }
@@ -192,6 +222,12 @@ class EvalGuard:
     def acquire(self) -> None:
         """Hold the model in eval mode until :meth:`release`: for a server's lifetime, so that a call finds it so."""
         found = self._hold.acquire()
+        with self._lock:
+            if self._watched != self._hold.generation:
+                self._watch, self._watched = BufferWatch(self.module), self._hold.generation
+            elif self._inside == 0:
+                self._watch.mark()
+            self._inside += 1
         if found:
             self._count("training_on_entry")
             if self._counts["training_on_entry"] == 1:
@@ -202,14 +238,44 @@ class EvalGuard:
                 )
 
     def release(self) -> None:
-        """Let go of the model; the last holder gives every module its own flag back."""
+        """Let go of the model; the last holder gives every module its own flag back.
+
+        Raises:
+            TrainingModeError: If running statistics moved since :meth:`acquire` and the policy is ``"raise"``.
+        """
         flipped = self._hold.release()
         if flipped:
             self._count("training_during_forward", len(flipped))
             _log.warning("put in training mode during inference: %s", _some(self._hold.names(flipped)))
+        with self._lock:
+            changed = self._watch.changed()
+            self._inside -= 1
+        if changed:
+            self._report_changed(changed)
+
+    def _report_changed(self, changed: list[str]) -> None:
+        self._count("buffers_changed", len(changed))
+        statistics = {f"{name}." for name, _ in batchnorm_layers(self.module)}
+        moved = [name for name in changed if name[: name.rfind(".") + 1] in statistics]
+        if moved:
+            self._meet(
+                "hazards",
+                f"inference moved running statistics: {_some(moved)}; every later answer depends on this request. "
+                "Find what trains these layers, and load their statistics anew",
+            )
+        others = [name for name in changed if name not in moved]
+        if others:
+            warnings.warn(f"inference changed buffers: {_some(others)}", GuardWarning, stacklevel=4)
+
+    def _meet(self, what: str, message: str, by: int = 1) -> None:
+        """Count a hazard and apply the policy to it."""
+        self._count(what, by)
+        if self._on_hazard == "raise":
+            raise TrainingModeError(message)
+        warnings.warn(message, GuardWarning, stacklevel=4)
 
     def _count(self, what: str, by: int = 1) -> None:
-        with self._counts_lock:
+        with self._lock:
             self._counts[what] += by
 
     def _decorate(self, function: Callable[P, Any]) -> Callable[P, Any]:
@@ -278,7 +344,31 @@ class EvalGuard:
                 resume = functools.partial(inner.send, sent)
 
 
-COUNTS = ("calls", "nonfinite_outputs", "nonfinite_values", "training_on_entry", "training_during_forward")
+COUNTS = (
+    "calls",
+    "nonfinite_outputs",
+    "nonfinite_values",
+    "training_on_entry",
+    "training_during_forward",
+    "buffers_changed",
+    "hazards",
+)
+
+
+def eval_hazards(model: nn.Module) -> Iterator[str]:
+    """Yield what makes a model use its batch's statistics in eval mode too, with the remedy."""
+    for name, layer in batchnorm_layers(model):
+        if layer.running_mean is None and layer.running_var is None:
+            yield (
+                f"{name or 'the model itself'} ({type(layer).__name__}) has no running statistics, so a sample's "
+                "output depends on its batch mates: train it with track_running_stats=True, or use GroupNorm"
+            )
+    for norm in graph_norms(model):
+        if norm.trains:
+            yield (
+                f"{norm.name} ({norm.operator}) was traced or exported in training mode and stays so: "
+                "call model.eval() before tracing or exporting it, and make the file again"
+            )
 
 
 class _ThreadGrad(threading.local):

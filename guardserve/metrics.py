@@ -87,7 +87,7 @@ METRICS: dict[str, Description] = {
         ("model", "origin", "name"),
     ),
     "guardserve_guard_violations_total": Description(
-        "counter", "Times the guard had to put a module in eval mode, by kind.", ("model", "kind")
+        "counter", "What the guard had to prevent or could only report, by kind.", ("model", "kind")
     ),
     "guardserve_shift_score": Description(
         "gauge",
@@ -200,7 +200,7 @@ class RuntimeCollector(Collector):
         yield _family("guardserve_model_info", [((model, runtime.platform, str(runtime.device)), 1)])
         yield _family("guardserve_model_ready", [((model,), runtime.failure is None)])
         counts = runtime.guard.counts
-        kinds = ("training_on_entry", "training_during_forward")
+        kinds = ("training_on_entry", "training_during_forward", "buffers_changed", "hazards")
         yield _family("guardserve_guard_violations_total", [((model, kind), counts[kind]) for kind in kinds])
         observed = [((model, "true"), len(monitor.layers)), ((model, "false"), len(monitor.unobserved))]
         yield _family("guardserve_batchnorm_layers", observed)

@@ -36,6 +36,7 @@ class EvalHold:
 
     Attributes:
         depth: Number of holders inside now, over all threads.
+        generation: Grows when the tree of modules is found to have changed.
         interventions: Times a hook found its layer training inside a held forward and put it in eval mode.
     """
 
@@ -43,6 +44,7 @@ class EvalHold:
         self.model = model
         self.depth = 0
         self.interventions = 0
+        self.generation = 0
         self._held: list[nn.Module] = []
         self._hooks: dict[nn.Module, Any] = {}
         self._survey()
@@ -106,6 +108,7 @@ class EvalHold:
 
     def _survey(self) -> None:
         """List the modules anew; called when the tree has changed since the last time."""
+        self.generation += 1
         self._modules = list(self.model.modules())
         self._flags = [vars(m) for m in self._modules if "training" in vars(m)]
         self._opaque = [m for m in self._modules if "training" not in vars(m)]

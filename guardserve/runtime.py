@@ -12,7 +12,7 @@ import torch
 
 from guardserve.batchnorm import batchnorm_layers
 from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputError
-from guardserve.guard import EvalGuard
+from guardserve.guard import EvalGuard, HazardPolicy
 from guardserve.loading import LoadedModel
 from guardserve.monitor import Monitor
 from guardserve.nonfinite import find_nonfinite
@@ -37,9 +37,13 @@ class Runtime:
 
     Args:
         loaded: The model, in any mode.
+        on_hazard: See :class:`guardserve.EvalGuard`.
         shift_window: See :class:`guardserve.monitor.Monitor`, as for the next two.
         shift_min_samples: Samples before the window is judged.
         shift_threshold: Score from which on the window counts as shifted.
+
+    Raises:
+        TrainingModeError: If eval mode cannot fix the model and ``on_hazard`` is ``"raise"``.
 
     Attributes:
         failure: Why the model is not ready; None when it is.
@@ -53,6 +57,7 @@ class Runtime:
         self,
         loaded: LoadedModel,
         *,
+        on_hazard: HazardPolicy = "raise",
         shift_window: int = 256,
         shift_min_samples: int = 64,
         shift_threshold: float = 0.5,
@@ -62,7 +67,7 @@ class Runtime:
         self.device = loaded.device
         self.signature = Signature(loaded.inputs)
         self.failure: str | None = "the model has not been probed yet"
-        self.guard = EvalGuard(loaded.module, inference_mode=True, trace_interval=TRACE_INTERVAL)
+        self.guard = EvalGuard(loaded.module, on_hazard=on_hazard, inference_mode=True, trace_interval=TRACE_INTERVAL)
         self.monitor = Monitor(
             loaded.module, window=shift_window, min_samples=shift_min_samples, threshold=shift_threshold
         )

@@ -43,6 +43,9 @@ class ServeSettings(BaseSettings):
     allow_pickle: bool = Field(
         default=False, description="Load files that run pickled code. Only for files you trust as you trust a program."
     )
+    on_hazard: Literal["raise", "warn"] = Field(
+        "raise", description="Refuse a model that eval mode cannot fix, or warn, count it and go on."
+    )
     max_batch_size: int = Field(64, ge=1, description="Most rows that one request may carry.")
     max_body_size: int = Field(64 * MIB, ge=1, description="Most bytes of a request body, after decompression.")
     shift_window: int = Field(256, ge=1, description="Samples in the recent window that the shift score judges.")

@@ -17,7 +17,7 @@ ROOT = Path(guardserve.__file__).parent
 # from the ground up; rooms of one level do not import each other
 LEVELS = (
     {"exceptions"},
-    {"signature", "batchnorm", "graphs", "stats", "nonfinite"},
+    {"signature", "batchnorm", "buffers", "graphs", "stats", "nonfinite"},
     {"modes"},
     {"tracing"},
     {"guard", "loading", "settings", "monitor"},
