@@ -19,7 +19,7 @@ _version = attrgetter("_version")
 
 
 class BufferWatch:
-    """Tells which buffers of a model were written to, replaced, added or removed.
+    """Tells which buffers of a model were written to, replaced or removed.
 
     Almost every in-place operation on a tensor raises its version counter, and those are compared at each
     look. Batch normalisation does not: in training mode it writes running statistics behind the counter's
@@ -33,7 +33,8 @@ class BufferWatch:
         for name, module in model.named_modules():
             buffers = vars(module).get("_buffers")
             if isinstance(buffers, dict):
-                self._dicts.append(buffers)
+                if buffers:
+                    self._dicts.append(buffers)
             elif isinstance(module, torch.jit.ScriptModule):
                 # it hands out new Python objects at each access, so what it holds is listed once
                 self._script |= {f"{name}.{key}" if name else key: b for key, b in module.named_buffers(recurse=False)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, MutableMapping
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -24,7 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 _LOCK = threading.Lock()
 _switched: Counter[nn.Module] = Counter()
 
-_TRAINING = itemgetter("training")
+_training = itemgetter("training")
 
 
 class EvalHold:
@@ -45,7 +45,7 @@ class EvalHold:
         self.depth = 0
         self.interventions = 0
         self.generation = 0
-        self._held: list[nn.Module] = []
+        self._held: list[tuple[nn.Module, MutableMapping[str, Any]]] = []
         self._hooks: dict[nn.Module, Any] = {}
         self._survey()
 
@@ -56,7 +56,7 @@ class EvalHold:
             The modules that were found training: none for a model that its owner has put in eval mode.
         """
         with _LOCK:
-            if self._children_now() != self._children:
+            if self._children_now() != self._children or any(self._leaves):
                 self._survey()
             found = self._switch_to_eval()
             self.depth += 1
@@ -72,12 +72,14 @@ class EvalHold:
             flipped = self._switch_to_eval()
             self.depth -= 1
             if self.depth == 0:
-                held, self._held = self._held, []
-                for module in held:
-                    _switched[module] -= 1
-                    if not _switched[module]:
+                for module, flags in self._held:
+                    others = _switched[module] - 1
+                    if others:
+                        _switched[module] = others
+                    else:
                         del _switched[module]
-                        _set_training(module, training=True)
+                        flags["training"] = True
+                self._held = []
         return flipped
 
     def names(self, modules: Iterable[nn.Module]) -> list[str]:
@@ -94,26 +96,28 @@ class EvalHold:
     def _switch_to_eval(self) -> list[nn.Module]:
         """Switch what is training to eval and register it, unless it is registered; return what was training."""
         joining = self.depth == 0 and bool(_switched)
-        if not joining and not any(map(_TRAINING, self._flags)) and not any(m.training for m in self._opaque):
+        if not joining and not any(map(_training, self._flags)):
             return []
-        found = [module for module in self._modules if module.training]
-        for module in found:
-            _set_training(module, training=False)
+        found = [(m, flags) for m, flags in zip(self._modules, self._flags, strict=True) if flags["training"]]
+        for _, flags in found:
+            flags["training"] = False
         if self.depth == 0:
             # what another hold has switched must also wait for this one
-            self._held = [m for m in self._modules if m in _switched] if joining else []
-            self._held += [m for m in found if m not in _switched]
-            _switched.update(self._held)
-        return found
+            held = [pair for pair in zip(self._modules, self._flags, strict=True) if pair[0] in _switched]
+            self._held = held + [pair for pair in found if pair[0] not in _switched]
+            _switched.update(m for m, _ in self._held)
+        return [m for m, _ in found]
 
     def _survey(self) -> None:
         """List the modules anew; called when the tree has changed since the last time."""
         self.generation += 1
         self._modules = list(self.model.modules())
-        self._flags = [vars(m) for m in self._modules if "training" in vars(m)]
-        self._opaque = [m for m in self._modules if "training" not in vars(m)]
-        children = (vars(m).get("_modules") for m in self._modules)
-        self._containers = [c for c in children if isinstance(c, dict)]
+        self._flags: list[MutableMapping[str, Any]] = [
+            vars(m) if "training" in vars(m) else _Attributes(m) for m in self._modules
+        ]
+        children = [c for c in (vars(m).get("_modules") for m in self._modules) if isinstance(c, dict)]
+        self._containers = [c for c in children if c]
+        self._leaves = [c for c in children if not c]
         self._children = self._children_now()
         for module in self._modules:
             if module not in self._hooks and isinstance(module, (_NormBase, _DropoutNd)):
@@ -135,7 +139,7 @@ class _KeepEval:
     def __call__(self, module: nn.Module, args: object) -> None:
         del args
         if module.training and self.hold is not None and self.hold.depth:
-            _set_training(module, training=False)
+            vars(module)["training"] = False
             with _LOCK:
                 self.hold.interventions += 1
 
@@ -143,9 +147,23 @@ class _KeepEval:
         return _KeepEval, (None,)
 
 
-def _set_training(module: nn.Module, *, training: bool) -> None:
-    """Write a module's own flag, whatever its ``train()`` or ``__setattr__`` does."""
-    if "training" in vars(module):
-        vars(module)["training"] = training
-    else:
-        module.training = training
+class _Attributes(MutableMapping[str, Any]):
+    """The attributes of a module that keeps its flag elsewhere than in its ``__dict__``, as TorchScript does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self._module, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("training",))
+
+    def __len__(self) -> int:
+        return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
         return True
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return cmath.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def find_nonfinite(value: object, path: str = "output") -> Iterator[NonFinite]:
