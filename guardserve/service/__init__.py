@@ -1,0 +1,1 @@
+"""The inference service: the Open Inference Protocol V2 over HTTP."""
