@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from typing_extensions import TypeIs
 
 BatchNorm: TypeAlias = _BatchNorm
 
@@ -17,7 +18,7 @@ CHANNEL_AXIS = 1
 """BatchNorm of every rank normalises over all axes but this one."""
 
 
-def is_batchnorm(module: nn.Module) -> bool:
+def is_batchnorm(module: nn.Module) -> TypeIs[BatchNorm]:
     """Tell whether a module is a BatchNorm layer.
 
     True for ``BatchNorm1d/2d/3d``, ``SyncBatchNorm``, the lazy variants and every subclass of them;

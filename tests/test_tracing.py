@@ -29,7 +29,12 @@ def test_a_child_with_bad_parameters_is_named() -> None:
     origin = trace_nonfinite(model, torch.ones(2, 3))
     assert origin is not None
     assert (origin.module, origin.kind, origin.output.count) == ("1.0", "BatchNorm1d", 6)
-    assert str(origin) == "1.0 (BatchNorm1d)"
+    assert (origin.channel, origin.running_var) == (0, -1.0)
+    assert origin.operator is not None
+    assert "batch_norm" in origin.operator
+    assert str(origin) == (
+        f"1.0 (BatchNorm1d) by {origin.operator}, first in channel 0, where running_mean is 0 and running_var -1"
+    )
     assert all(module.training for module in model.modules()), "the flags came back"
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -38,7 +43,7 @@ def test_an_operation_outside_any_child_names_the_model_itself() -> None:
     """When no child is to blame, the module whose own forward made the value is."""
     origin = trace_nonfinite(LogNet(), -torch.ones(1, 3))
     assert origin is not None
-    assert (origin.module, str(origin)) == ("", "the model itself (LogNet)")
+    assert (origin.module, str(origin)) == ("", "the model itself (LogNet) by aten.log, first in channel 0")
 
 
 def test_finite_outputs_and_bad_inputs_have_no_origin() -> None:
@@ -65,5 +70,5 @@ def test_an_origin_seen_before_the_forward_raised_is_kept() -> None:
 
     origin = trace_nonfinite(Strict(), torch.ones(1, 2))
     assert origin is not None
-    assert origin.module == "bad"
+    assert (origin.module, origin.operator) == ("bad", "aten.addmm")
     assert trace_nonfinite(Strict(), torch.ones(1, 5)) is None, "it raised before anything became non-finite"
