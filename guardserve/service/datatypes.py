@@ -88,7 +88,7 @@ def decode_binary(data: memoryview, dtype: torch.dtype, shape: Sequence[int]) ->
     if dtype is torch.bool and (bad := values > 1).any():
         index = int(bad.argmax())
         raise ValueError(f"the byte at index {index} is {values[index]}, and a BOOL is 0 or 1")
-    return torch.from_numpy(values).view(dtype).reshape(shape)
+    return torch.from_numpy(values.reshape(shape)).view(dtype)
 
 
 def encode_binary(tensor: torch.Tensor) -> memoryview:
@@ -118,7 +118,7 @@ def decode_json(data: object, dtype: torch.dtype, shape: Sequence[int]) -> torch
     values = _flatten(data, shape)
     if len(values) != math.prod(shape):
         raise ValueError(f"data holds {len(values)} values, but shape {list(shape)} takes {math.prod(shape)}")
-    return torch.from_numpy(_to_array(values, dtype)).reshape(shape)
+    return torch.from_numpy(_to_array(values, dtype).reshape(shape))
 
 
 def encode_json(tensor: torch.Tensor) -> Array:
