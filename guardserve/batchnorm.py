@@ -43,26 +43,89 @@ def has_running_stats(layer: BatchNorm) -> bool:
     )
 
 
+class FusedBatchNorm(nn.Module):
+    """What is left of a BatchNorm layer whose arithmetic has gone into the layer before it.
+
+    It hands its input on unchanged, under the layer's own name, and keeps the layer's constants: its input is
+    ``y = weight * z + bias``, from which a monitor still reads ``z``.
+
+    Args:
+        layer: The layer in eval mode, with running statistics.
+    """
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, layer: BatchNorm) -> None:
+        super().__init__()
+        if layer.running_mean is None or layer.running_var is None:
+            raise ValueError("a BatchNorm layer without running statistics cannot be fused")
+        self.eps = layer.eps
+        mean, var = layer.running_mean, layer.running_var
+        self.register_buffer("running_mean", mean.detach().clone())
+        self.register_buffer("running_var", var.detach().clone())
+        self.register_buffer("weight", layer.weight.detach().clone() if layer.affine else torch.ones_like(mean))
+        self.register_buffer("bias", layer.bias.detach().clone() if layer.affine else torch.zeros_like(mean))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input."""
+        return x
+
+
+UNOBSERVABLE_WEIGHT = 1e-6
+"""A fused channel whose ``|weight|`` is at most this carries no more information about ``z`` than rounding does."""
+
+
 @dataclass(frozen=True)
 class ObservationPoint:
-    """A place in a model where the input of one BatchNorm normalisation can be read.
+    """A place in a model where what a BatchNorm normalisation sees can be read: the input of ``layer``.
 
-    A monitor knows only observation points. In an eager model there is one at each BatchNorm layer.
+    A monitor knows only observation points. In an eager model there is one at each BatchNorm layer; fusion
+    leaves one behind.
 
     Attributes:
         name: Qualified name of the layer in the model.
-        layer: The layer, whose ``running_mean``, ``running_var`` (each of shape ``(C,)``) and ``eps``
-            turn an input into ``z = (x - running_mean) / sqrt(running_var + eps)``.
+        layer: The layer, or what is left of it after fusion.
     """
 
     name: str
-    layer: BatchNorm
+    layer: BatchNorm | FusedBatchNorm
 
-    def location_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ``(running_mean, sqrt(running_var + eps))``, each float64 of shape ``(C,)`` on the CPU."""
+    @property
+    def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(a, b)`` with ``input = a * z + b`` and ``z = (x - running_mean) / sqrt(running_var + eps)``.
+
+        Each is float64 of shape ``(C,)`` on the CPU. ``a`` is NaN in channels where ``z`` cannot be read.
+        """
         layer = self.layer
-        if layer.running_mean is None or layer.running_var is None:
-            raise ValueError(f"{self.name} has no running statistics")
-        mean = layer.running_mean.detach().to("cpu", torch.float64)
-        variance = layer.running_var.detach().to("cpu", torch.float64)
-        return mean, (variance + layer.eps).sqrt()
+        if isinstance(layer, FusedBatchNorm):
+            scale = _float64(layer.weight)
+            return scale.where(scale.abs() > UNOBSERVABLE_WEIGHT, torch.nan), _float64(layer.bias)
+        return (_float64(layer.running_var) + layer.eps).sqrt(), _float64(layer.running_mean)
+
+    @property
+    def expected_variance(self) -> torch.Tensor:
+        """Variance of ``z`` where activations fit the running statistics, float64 of shape ``(C,)``.
+
+        It is below 1 because of ``eps``, and 0 for a channel that was constant in training.
+        """
+        variance = _float64(self.layer.running_var)
+        return variance / (variance + self.layer.eps)
+
+
+def observation_points(model: nn.Module) -> Iterator[ObservationPoint]:
+    """Yield the observation points of a model, in registration order.
+
+    Layers without running statistics have none: ``track_running_stats=False``.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FusedBatchNorm) or (isinstance(module, _BatchNorm) and module.track_running_stats):
+            yield ObservationPoint(name, module)
+
+
+def _float64(value: torch.Tensor | None) -> torch.Tensor:
+    if value is None:
+        raise ValueError("the BatchNorm layer has no running statistics")
+    return value.detach().to("cpu", torch.float64)

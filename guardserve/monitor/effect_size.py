@@ -79,7 +79,7 @@ class LayerMoments:
     @classmethod
     def of(cls, point: ObservationPoint, mean: torch.Tensor, variance: torch.Tensor) -> LayerMoments:
         """Standardise and summarise readings, each of shape ``(N, C)`` in the layer's own units."""
-        location, scale = point.location_and_scale()
+        scale, location = point.affine
         mean, variance = mean.to("cpu", torch.float64), variance.to("cpu", torch.float64)
         z = torch.stack([(mean - location) / scale, variance / scale.square()], dim=1)
         bad = ~mean.isfinite().all(1)
@@ -103,9 +103,7 @@ def layer_shift(point: ObservationPoint, seen: LayerMoments, worst: int) -> Laye
             is left out, and with none at all the effect sizes are NaN.
         worst: How many channels to name.
     """
-    _, scale = point.location_and_scale()
-    # what the running variance itself is in units of s^2: below 1 because of eps, 0 for a dead channel
-    expected = 1 - point.layer.eps / scale.square()
+    expected = point.expected_variance
     mean_shift = seen.moments.mean[0]
     variance = seen.moments.mean[1] + seen.moments.variance[0]
     log_std_ratio = 0.5 * (variance + 1 - expected).log()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from guardserve.batchnorm import CHANNEL_AXIS, BatchNorm, ObservationPoint, batchnorm_layers
+from guardserve.batchnorm import CHANNEL_AXIS, ObservationPoint, batchnorm_layers, observation_points
 from guardserve.tracing import is_tracing
 
 
@@ -72,14 +72,12 @@ class Taps:
         self._handles.clear()
 
     def _attach(self, model: nn.Module) -> None:
+        self.points.extend(observation_points(model))
+        for index, point in enumerate(self.points):
+            self._handles.append(point.layer.register_forward_pre_hook(self._tap(index), with_kwargs=True))
         for name, layer in batchnorm_layers(model):
             if not layer.track_running_stats:
                 self.unobserved[name] = "it keeps no running statistics (track_running_stats=False)"
-                continue
-            self._handles.append(
-                layer.register_forward_pre_hook(self._tap(len(self.points)), with_kwargs=True),
-            )
-            self.points.append(ObservationPoint(name, layer))
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule) and _script_batchnorm(module):
                 self.unobserved[name] = "TorchScript submodules take no hooks"
@@ -87,8 +85,8 @@ class Taps:
             self._handles.append(model.register_forward_pre_hook(self._begin))
             self._handles.append(model.register_forward_hook(self._end, always_call=True))
 
-    def _tap(self, index: int) -> Callable[[BatchNorm, tuple[Any, ...], dict[str, Any]], None]:
-        def read(layer: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _tap(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def read(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             del layer
             if is_tracing():
                 return
