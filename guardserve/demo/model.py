@@ -9,6 +9,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from guardserve.loading import example_input
+
 WEIGHTS = "digits_cnn.safetensors"
 """Name of the packaged weights, beside this module; ``guardserve.demo.train`` writes them."""
 
@@ -42,6 +44,7 @@ def _block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequentia
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels), relu=nn.ReLU()))
 
 
+@example_input(image=torch.zeros(1, 1, 8, 8))
 def digits_cnn() -> DigitsCNN:
     """Build the model with its trained weights, **in training mode**.
 
@@ -52,7 +55,3 @@ def digits_cnn() -> DigitsCNN:
     weights = resources.files(__package__).joinpath(WEIGHTS).read_bytes()
     model.load_state_dict(safetensors.torch.load(weights))
     return model
-
-
-# where guardserve.loading looks for a factory's example input
-digits_cnn.__dict__["example_input"] = {"image": torch.zeros(1, 1, 8, 8)}
