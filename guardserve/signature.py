@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
+
+DATATYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "BOOL": torch.bool,
+        "UINT8": torch.uint8,
+        "UINT16": torch.uint16,
+        "UINT32": torch.uint32,
+        "UINT64": torch.uint64,
+        "INT8": torch.int8,
+        "INT16": torch.int16,
+        "INT32": torch.int32,
+        "INT64": torch.int64,
+        "FP16": torch.float16,
+        "FP32": torch.float32,
+        "FP64": torch.float64,
+        "BF16": torch.bfloat16,
+    }
+)
+"""Every datatype that can be served, by its name in the Open Inference Protocol V2."""
 
 
 @dataclass(frozen=True)

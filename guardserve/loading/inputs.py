@@ -12,26 +12,11 @@ from torch import nn
 
 from guardserve.exceptions import ModelLoadError, SettingsError
 from guardserve.loading.examples import Example
-from guardserve.signature import TensorSpec
+from guardserve.signature import DATATYPES, TensorSpec
 
 _T = TypeVar("_T")
 
-_OIP_DTYPES = {
-    "BOOL": torch.bool,
-    "UINT8": torch.uint8,
-    "UINT16": torch.uint16,
-    "UINT32": torch.uint32,
-    "UINT64": torch.uint64,
-    "INT8": torch.int8,
-    "INT16": torch.int16,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-    "FP16": torch.float16,
-    "FP32": torch.float32,
-    "FP64": torch.float64,
-    "BF16": torch.bfloat16,
-}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _OIP_DTYPES.values()} | _OIP_DTYPES
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DATATYPES.values()} | DATATYPES
 
 
 @dataclass(frozen=True)
@@ -240,7 +225,7 @@ def servable_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     Raises:
         ModelLoadError: They cannot carry this one.
     """
-    if dtype not in _OIP_DTYPES.values():
+    if dtype not in DATATYPES.values():
         raise ModelLoadError(f"input {name!r} has dtype {dtype}, which the inference protocol has no name for")
     return dtype
 

@@ -8,33 +8,15 @@ from __future__ import annotations
 import math
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain, compress
 from reprlib import repr as shown
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-DATATYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "BOOL": torch.bool,
-        "UINT8": torch.uint8,
-        "UINT16": torch.uint16,
-        "UINT32": torch.uint32,
-        "UINT64": torch.uint64,
-        "INT8": torch.int8,
-        "INT16": torch.int16,
-        "INT32": torch.int32,
-        "INT64": torch.int64,
-        "FP16": torch.float16,
-        "FP32": torch.float32,
-        "FP64": torch.float64,
-        "BF16": torch.bfloat16,
-    }
-)
-"""Every datatype that can be served, by its name in the protocol."""
+from guardserve.signature import DATATYPES
 
 BINARY_ONLY = frozenset({torch.float16, torch.bfloat16})
 """Datatypes that the protocol gives no JSON form."""
