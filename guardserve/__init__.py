@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from guardserve.exceptions import (
+    FusionError,
     GuardError,
     GuardserveError,
     InputError,
@@ -21,6 +22,7 @@ from guardserve.tracing import trace_nonfinite
 
 __all__ = [
     "EvalGuard",
+    "FusionError",
     "GuardError",
     "GuardWarning",
     "GuardserveError",

@@ -51,6 +51,7 @@ class FusedBatchNorm(nn.Module):
 
     Args:
         layer: The layer in eval mode, with running statistics.
+        ndim: Number of dimensions of the input for which the fusion holds; None for any.
     """
 
     running_mean: torch.Tensor
@@ -58,20 +59,32 @@ class FusedBatchNorm(nn.Module):
     weight: torch.Tensor
     bias: torch.Tensor
 
-    def __init__(self, layer: BatchNorm) -> None:
+    def __init__(self, layer: BatchNorm, ndim: int | None = None) -> None:
         super().__init__()
         if layer.running_mean is None or layer.running_var is None:
             raise ValueError("a BatchNorm layer without running statistics cannot be fused")
         self.eps = layer.eps
+        self.ndim = ndim
         mean, var = layer.running_mean, layer.running_var
         self.register_buffer("running_mean", mean.detach().clone())
         self.register_buffer("running_var", var.detach().clone())
-        self.register_buffer("weight", layer.weight.detach().clone() if layer.affine else torch.ones_like(mean))
-        self.register_buffer("bias", layer.bias.detach().clone() if layer.affine else torch.zeros_like(mean))
+        weight: torch.Tensor | None = layer.weight
+        bias: torch.Tensor | None = layer.bias
+        self.register_buffer("weight", torch.ones_like(mean) if weight is None else weight.detach().clone())
+        self.register_buffer("bias", torch.zeros_like(mean) if bias is None else bias.detach().clone())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - BatchNorm's own name for it
         """Return the input."""
-        return x
+        if self.ndim is not None and input.ndim != self.ndim:
+            raise ValueError(
+                f"this BatchNorm layer was fused for inputs of {self.ndim} dimensions and got {tuple(input.shape)}: "
+                "fuse the model with an example input, which shows what enters it"
+            )
+        return input
+
+    def extra_repr(self) -> str:
+        """Say what it stands for."""
+        return f"{len(self.running_mean)}, eps={self.eps}"
 
 
 UNOBSERVABLE_WEIGHT = 1e-6
@@ -113,6 +126,11 @@ class ObservationPoint:
         """
         variance = _float64(self.layer.running_var)
         return variance / (variance + self.layer.eps)
+
+    @property
+    def unobservable_channels(self) -> int:
+        """Number of channels where ``z`` cannot be read: fusion has scaled it away."""
+        return int(self.affine[0].isnan().sum()) if isinstance(self.layer, FusedBatchNorm) else 0
 
 
 def observation_points(model: nn.Module) -> Iterator[ObservationPoint]:

@@ -7,6 +7,7 @@ Every one of them names what was wrong (the module, the field, the value seen) a
     ├── MissingExtraError          an optional dependency (also an ImportError)
     ├── ModelLoadError             a model could not be loaded
     │   └── PickleRefusedError     loading it would run pickled code
+    ├── FusionError                a model cannot be fused, or its fused copy does not answer as it does
     ├── InputError                 an inference request's tensors do not fit the model (also a ValueError)
     └── GuardError                 a safeguard stopped an inference
         ├── NonFiniteOutputError   an output holds NaN or infinity
@@ -48,6 +49,10 @@ class ModelLoadError(GuardserveError):
 
 class PickleRefusedError(ModelLoadError):
     """Loading the file would run code from a pickle, which was not allowed."""
+
+
+class FusionError(GuardserveError):
+    """A model cannot be copied to be fused, or its fused copy does not answer as the model does."""
 
 
 class InputError(GuardserveError, ValueError):
