@@ -16,7 +16,7 @@ from guardserve.signature import DATATYPES, TensorSpec
 
 _T = TypeVar("_T")
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DATATYPES.values()} | DATATYPES
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DATATYPES.values()} | dict(DATATYPES)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ import orjson
 import torch
 
 from guardserve.service.body import HEADER_LENGTH, ProtocolError, Reason, decompress
-from guardserve.service.datatypes import BINARY_ONLY, DATATYPES, datatype_name, encode_binary, encode_json
+from guardserve.service.datatypes import BINARY_ONLY, datatype_name, encode_binary, encode_json
 from guardserve.service.request import InferRequest, RequestedOutput, parse_request, unknown_output
 from guardserve.signature import Signature, TensorSpec
 
 __all__ = [
-    "DATATYPES",
     "HEADER_LENGTH",
     "InferRequest",
     "ProtocolError",

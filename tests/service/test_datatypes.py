@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from guardserve.service.datatypes import (
     BINARY_ONLY,
-    DATATYPES,
     datatype_name,
     decode_binary,
     decode_json,
     encode_binary,
     encode_json,
 )
+from guardserve.signature import DATATYPES
 
 INTEGERS = {
     "UINT8": "B",
