@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tritonclient import http
 
-from guardserve.service.datatypes import BINARY_ONLY, DATATYPES, datatype_name
+from guardserve.service.datatypes import BINARY_ONLY, datatype_name
 from guardserve.service.protocol import (
     HEADER_LENGTH,
     InferRequest,
@@ -26,7 +26,7 @@ from guardserve.service.protocol import (
     render_response,
     server_metadata,
 )
-from guardserve.signature import Signature, TensorSpec
+from guardserve.signature import DATATYPES, Signature, TensorSpec
 
 JSON_DATATYPES = sorted(name for name, dtype in DATATYPES.items() if dtype not in BINARY_ONLY)
 Array = np.ndarray[Any, np.dtype[Any]]
