@@ -47,7 +47,8 @@ class FusedBatchNorm(nn.Module):
     """What is left of a BatchNorm layer whose arithmetic has gone into the layer before it.
 
     It hands its input on unchanged, under the layer's own name, and keeps the layer's constants: its input is
-    ``y = weight * z + bias``, from which a monitor still reads ``z``.
+    ``y = weight * z + bias``, from which a monitor still reads ``z``. Children that the layer had, such as an
+    activation, go on from there, one after the other.
 
     Args:
         layer: The layer in eval mode, with running statistics.
@@ -72,14 +73,18 @@ class FusedBatchNorm(nn.Module):
         bias: torch.Tensor | None = layer.bias
         self.register_buffer("weight", torch.ones_like(mean) if weight is None else weight.detach().clone())
         self.register_buffer("bias", torch.zeros_like(mean) if bias is None else bias.detach().clone())
+        for name, child in layer.named_children():
+            self.add_module(name, child)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - BatchNorm's own name for it
-        """Return the input."""
+        """Return the input, or what the layer's children make of it."""
         if self.ndim is not None and input.ndim != self.ndim:
             raise ValueError(
                 f"this BatchNorm layer was fused for inputs of {self.ndim} dimensions and got {tuple(input.shape)}: "
                 "fuse the model with an example input, which shows what enters it"
             )
+        for child in self._modules.values():
+            input = child(input)  # type: ignore[misc]  # noqa: A001
         return input
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ LEVELS = (
     {"signature", "batchnorm", "buffers", "graphs", "stats", "nonfinite"},
     {"modes"},
     {"tracing"},
-    {"guard", "loading", "settings", "monitor"},
+    {"fusion", "guard", "loading", "settings", "monitor"},
     {"audit"},
     {"runtime"},
     {"metrics"},
