@@ -17,7 +17,7 @@ from guardserve import __version__
 from guardserve.demo.traffic import run_demo
 from guardserve.exceptions import GuardserveError
 from guardserve.loading import load_model
-from guardserve.runtime import Runtime
+from guardserve.runtime import Runtime, fuse_loaded
 from guardserve.service.app import create_app
 from guardserve.settings import ENV_PREFIX, ServeSettings, load_settings
 
@@ -105,6 +105,8 @@ def serve(model: str, **options: Any) -> None:
         input_dtypes=settings.input_dtype,
         name=settings.name,
     )
+    if settings.fuse:
+        loaded = fuse_loaded(loaded)
     runtime = Runtime(
         loaded,
         on_hazard=settings.on_hazard,

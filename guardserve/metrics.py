@@ -109,6 +109,9 @@ METRICS: dict[str, Description] = {
         "gauge", f"The same for one channel; the worst {WORST_CHANNELS} of the model.", ("model", "layer", "channel")
     ),
     "guardserve_batchnorm_layers": Description("gauge", "BatchNorm layers of the model.", ("model", "observed")),
+    "guardserve_unobservable_channels": Description(
+        "gauge", "Channels of watched layers that are left out, because fusion has scaled away what enters.", ("model",)
+    ),
     "guardserve_model_ready": Description("gauge", "1 when the model has passed its start-up probe.", ("model",)),
     "guardserve_model_info": Description("gauge", "Always 1; what is served.", ("model", "platform", "device")),
     "guardserve_build_info": Description("gauge", "Always 1; what serves it.", ("version", "torch", "python")),
@@ -204,6 +207,8 @@ class RuntimeCollector(Collector):
         yield _family("guardserve_guard_violations_total", [((model, kind), counts[kind]) for kind in kinds])
         observed = [((model, "true"), len(monitor.layers)), ((model, "false"), len(monitor.unobserved))]
         yield _family("guardserve_batchnorm_layers", observed)
+        unobservable = sum(total.unobservable_channels.values())
+        yield _family("guardserve_unobservable_channels", [((model,), unobservable)])
         yield _family("guardserve_samples_total", [((model,), total.samples)])
         yield _family("guardserve_nonfinite_samples_total", list(_nonfinite(runtime, total)))
         yield _family("guardserve_shift_threshold", [((model,), monitor.threshold)])

@@ -7,11 +7,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
-from guardserve.batchnorm import batchnorm_layers
 from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputError
+from guardserve.fusion import fuse, fusion_report
 from guardserve.guard import EvalGuard, HazardPolicy
 from guardserve.loading import LoadedModel
 from guardserve.monitor import Monitor
@@ -97,7 +98,7 @@ class Runtime:
             raise ProbeError(self.failure) from error
         self.monitor.reset()
         self.failure = None
-        if not any(True for _ in batchnorm_layers(self.guard.module)):
+        if not self.monitor.layers and not self.monitor.unobserved:
             _log.warning("%s has no BatchNorm layer: there is nothing to monitor", self.name)
         for layer, reason in self.monitor.unobserved.items():
             _log.warning("BatchNorm layer %s is not monitored: %s", layer, reason)
@@ -180,6 +181,24 @@ class Runtime:
             )
             for name, tensor in first.items()
         )
+
+
+def fuse_loaded(loaded: LoadedModel) -> LoadedModel:
+    """Fuse a loaded model, check the fused copy on examples of its inputs, and log what was fused and what was not.
+
+    Raises:
+        FusionError: See :func:`guardserve.fuse`.
+    """
+    module = fuse(loaded.module, [spec.example(2).to(loaded.device) for spec in loaded.inputs])
+    report = fusion_report(module)
+    total = len(report.fused) + len(report.skipped)
+    _log.info("%s: %d of %d BatchNorm layers are fused", loaded.name, len(report.fused), total)
+    for reason in dict.fromkeys(report.skipped.values()):
+        layers = [layer for layer, why in report.skipped.items() if why == reason]
+        _log.warning("not fused: %s, because %s", ", ".join(layers), reason)
+    for layer, channels in report.unobservable_channels.items():
+        _log.warning("fused layer %s: %d channels are not monitored, as their weight is about 0", layer, channels)
+    return replace(loaded, module=module)
 
 
 def named_outputs(output: object) -> dict[str, torch.Tensor]:

@@ -43,6 +43,10 @@ class ServeSettings(BaseSettings):
     allow_pickle: bool = Field(
         default=False, description="Load files that run pickled code. Only for files you trust as you trust a program."
     )
+    fuse: bool = Field(
+        default=False,
+        description="Fuse BatchNorm layers into the layers that they follow; the monitor still sees them.",
+    )
     on_hazard: Literal["raise", "warn"] = Field(
         "raise", description="Refuse a model that eval mode cannot fix, or warn, count it and go on."
     )

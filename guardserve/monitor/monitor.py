@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
-from collections import deque
-from dataclasses import dataclass
+import weakref
+from collections import Counter, deque
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -15,13 +17,41 @@ from typing_extensions import Self
 from guardserve.monitor.effect_size import ChannelShift, LayerMoments, LayerShift, layer_shift
 from guardserve.monitor.taps import Record, Taps
 
+_log = logging.getLogger(__name__)
+
 SUBWINDOWS = 8
 """A window is this many merged sub-windows; it forgets one at a time, and nothing is ever subtracted."""
 
-PENDING_FORWARDS = 32
-"""Forwards that may wait to be accumulated before one that adds to them does the work."""
+PENDING_SAMPLES = 32
+"""Samples that may wait to be accumulated before the forward that brings more does the work."""
 
-Seen = dict[int, LayerMoments]
+
+@dataclass
+class Seen:
+    """What has been accumulated over a stretch of the stream; two of them merge.
+
+    Attributes:
+        whole: Samples of whole forwards.
+        parts: Samples that each layer saw when a part of the model was called by itself.
+        layers: What each layer has accumulated.
+    """
+
+    whole: int = 0
+    parts: Counter[int] = field(default_factory=Counter)
+    layers: dict[int, LayerMoments] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples: those of whole forwards, and those of parts as the layer that saw most has them."""
+        return self.whole + max(self.parts.values(), default=0)
+
+    def merge(self, other: Seen) -> None:
+        """Take in what another has seen."""
+        self.whole += other.whole
+        self.parts.update(other.parts)
+        for index, moments in other.layers.items():
+            mine = self.layers.get(index)
+            self.layers[index] = moments if mine is None else mine.merge(moments)
 
 
 @dataclass(frozen=True)
@@ -32,11 +62,14 @@ class Snapshot:
         samples: Number of samples.
         layers: The layers that have seen any, in registration order.
         unobserved: BatchNorm layers that cannot be watched, each with the reason.
+        unobservable_channels: Layers with channels that are left out, because fusion has scaled away what enters
+            them, with the number of these channels.
     """
 
     samples: int
     layers: tuple[LayerShift, ...]
     unobserved: dict[str, str]
+    unobservable_channels: dict[str, int]
 
     @property
     def worst_layer(self) -> LayerShift | None:
@@ -55,7 +88,8 @@ class Verdict:
     """What the monitor makes of the recent window.
 
     Attributes:
-        state: ``"warming"`` until the window holds enough samples, then ``"ok"`` or ``"shifted"``.
+        state: ``"warming"`` until the window holds enough samples, then ``"ok"`` or ``"shifted"``, or ``"blind"``
+            if no layer can be judged: none has finite running statistics, or only non-finite values came.
         samples: Samples seen so far.
         score: Largest layer Wasserstein-2 distance in the window, in running standard deviations; None while
             warming.
@@ -64,7 +98,7 @@ class Verdict:
         window: What the window shows.
     """
 
-    state: Literal["warming", "ok", "shifted"]
+    state: Literal["warming", "blind", "ok", "shifted"]
     samples: int
     score: float | None
     threshold: float
@@ -119,6 +153,7 @@ class Monitor:
         self._pending: deque[Record] = deque()
         self.reset()
         self._taps = Taps(model, self._take)
+        self._finalizer = weakref.finalize(self, self._taps.close)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -132,7 +167,7 @@ class Monitor:
 
     def close(self) -> None:
         """Remove every hook from the model; what was seen can still be read."""
-        self._taps.close()
+        self._finalizer()
 
     def __enter__(self) -> Self:
         return self
@@ -144,34 +179,42 @@ class Monitor:
         """Forget everything seen so far."""
         with self._lock:
             self._pending.clear()
-            self._samples = 0
-            self._total: Seen = {}
-            self._windows: deque[tuple[int, Seen]] = deque([(0, {})])
+            self._total = Seen()
+            self._windows: deque[Seen] = deque([Seen()])
 
     def snapshot(self, *, recent: bool = False) -> Snapshot:
         """Summarise all that was seen since the start or the last reset, or the recent window."""
         with self._lock:
             self._accumulate()
-            samples, seen = self._recent() if recent else (self._samples, dict(self._total))
+            seen = Seen()
+            for part in self._windows if recent else [self._total]:
+                seen.merge(part)
         points = self._taps.points
-        layers = tuple(layer_shift(points[i], seen[i], self._worst_channels) for i in sorted(seen))
-        return Snapshot(samples, layers, self.unobserved)
+        layers = tuple(layer_shift(points[i], seen.layers[i], self._worst_channels) for i in sorted(seen.layers))
+        unobservable = {point.name: point.unobservable_channels for point in points}
+        return Snapshot(seen.samples, layers, self.unobserved, {name: n for name, n in unobservable.items() if n})
 
     def verdict(self) -> Verdict:
         """Judge the recent window."""
         window = self.snapshot(recent=True)
         worst = window.worst_layer
-        if window.samples < self._min_samples or worst is None:
-            return Verdict("warming", self._samples, None, self.threshold, None, window)
+        seen = self._total.samples
+        if window.samples < self._min_samples:
+            return Verdict("warming", seen, None, self.threshold, None, window)
+        if worst is None:
+            return Verdict("blind", seen, None, self.threshold, None, window)
         state: Literal["ok", "shifted"] = "shifted" if worst.wasserstein2 >= self.threshold else "ok"
-        return Verdict(state, self._samples, worst.wasserstein2, self.threshold, worst.name, window)
+        return Verdict(state, seen, worst.wasserstein2, self.threshold, worst.name, window)
 
     def _take(self, record: Record) -> None:
         """Receive a record from the taps, in any thread."""
         self._pending.append(record)
-        if len(self._pending) >= PENDING_FORWARDS and self._lock.acquire(blocking=False):
+        waiting = sum(_rows(record) for record in tuple(self._pending))
+        if waiting >= PENDING_SAMPLES and self._lock.acquire(blocking=False):
             try:
                 self._accumulate()
+            except Exception:
+                _log.exception("a monitored forward could not be accumulated")  # the answer is not to be lost with it
             finally:
                 self._lock.release()
 
@@ -181,40 +224,34 @@ class Monitor:
         samples = 0
         while self._pending:
             batch.append(self._pending.popleft())
-            samples += len(batch[-1].readings[0][1])
+            samples += _rows(batch[-1])
             if samples >= max(1, self._window // SUBWINDOWS):
-                self._merge(samples, batch)
+                self._merge(batch)
                 batch, samples = [], 0
         if batch:
-            self._merge(samples, batch)
+            self._merge(batch)
 
-    def _merge(self, samples: int, batch: list[Record]) -> None:
+    def _merge(self, batch: list[Record]) -> None:
+        new = Seen()
         readings: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for record in batch:
+            if record.samples is not None:
+                new.whole += record.samples
             for index, mean, variance in record.readings:
+                if record.samples is None:
+                    new.parts[index] += len(mean)
                 readings.setdefault(index, []).append((mean, variance))
-        new = {
-            index: LayerMoments.of(self._taps.points[index], *(torch.cat(parts) for parts in zip(*pairs, strict=True)))
-            for index, pairs in readings.items()
-        }
-        self._samples += samples
-        _merge_into(self._total, new)
-        filled, seen = self._windows[-1]
-        if filled >= self._window // SUBWINDOWS:
-            filled, seen = 0, {}
-            self._windows.append((filled, seen))
-        _merge_into(seen, new)
-        self._windows[-1] = (filled + samples, seen)
-        while sum(filled for filled, _ in self._windows) - self._windows[0][0] >= self._window:
+        for index, pairs in readings.items():
+            point = self._taps.points[index]
+            if point.readable:
+                new.layers[index] = LayerMoments.of(point, *(torch.cat(parts) for parts in zip(*pairs, strict=True)))
+        self._total.merge(new)
+        if self._windows[-1].samples >= self._window // SUBWINDOWS:
+            self._windows.append(Seen())
+        self._windows[-1].merge(new)
+        while sum(part.samples for part in self._windows) - self._windows[0].samples >= self._window:
             self._windows.popleft()
 
-    def _recent(self) -> tuple[int, Seen]:
-        merged: Seen = {}
-        for _, seen in self._windows:
-            _merge_into(merged, seen)
-        return sum(filled for filled, _ in self._windows), merged
 
-
-def _merge_into(seen: Seen, new: Seen) -> None:
-    for index, moments in new.items():
-        seen[index] = seen[index].merge(moments) if index in seen else moments
+def _rows(record: Record) -> int:
+    return record.samples if record.samples is not None else len(record.readings[0][1])
