@@ -121,7 +121,9 @@ class ObservationPoint:
         if isinstance(layer, FusedBatchNorm):
             scale = _float64(layer.weight)
             return scale.where(scale.abs() > UNOBSERVABLE_WEIGHT, torch.nan), _float64(layer.bias)
-        return (_float64(layer.running_var) + layer.eps).sqrt(), _float64(layer.running_mean)
+        scale = (_float64(layer.running_var) + layer.eps).sqrt()
+        location = _float64(layer.running_mean)
+        return scale.where((scale > 0) & scale.isfinite() & location.isfinite(), torch.nan), location
 
     @property
     def expected_variance(self) -> torch.Tensor:
@@ -134,8 +136,13 @@ class ObservationPoint:
 
     @property
     def unobservable_channels(self) -> int:
-        """Number of channels where ``z`` cannot be read: fusion has scaled it away."""
-        return int(self.affine[0].isnan().sum()) if isinstance(self.layer, FusedBatchNorm) else 0
+        """Number of channels where ``z`` cannot be read: fusion scaled it away, or the statistics are not finite."""
+        return int(self.affine[0].isnan().sum()) if self.readable else 0
+
+    @property
+    def readable(self) -> bool:
+        """Whether the layer has running statistics now: a lazy one has none before its first input."""
+        return isinstance(self.layer, FusedBatchNorm) or has_running_stats(self.layer)
 
 
 def observation_points(model: nn.Module) -> Iterator[ObservationPoint]:
@@ -144,8 +151,10 @@ def observation_points(model: nn.Module) -> Iterator[ObservationPoint]:
     Layers without running statistics have none: ``track_running_stats=False``.
     """
     for name, module in model.named_modules():
-        if isinstance(module, FusedBatchNorm) or (isinstance(module, _BatchNorm) and module.track_running_stats):
-            yield ObservationPoint(name, module)
+        if isinstance(module, (FusedBatchNorm, _BatchNorm)):
+            mean, var = module.running_mean, module.running_var
+            if mean is not None and var is not None:
+                yield ObservationPoint(name, module)
 
 
 def _float64(value: torch.Tensor | None) -> torch.Tensor:

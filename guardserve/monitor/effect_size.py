@@ -80,10 +80,13 @@ class LayerMoments:
     def of(cls, point: ObservationPoint, mean: torch.Tensor, variance: torch.Tensor) -> LayerMoments:
         """Standardise and summarise readings, each of shape ``(N, C)`` in the layer's own units."""
         scale, location = point.affine
-        mean, variance = mean.to("cpu", torch.float64), variance.to("cpu", torch.float64)
-        z = torch.stack([(mean - location) / scale, variance / scale.square()], dim=1)
-        bad = ~mean.isfinite().all(1)
-        return cls(len(mean), int(bad.sum()), Moments.of(z))
+        raw = Moments.of(torch.stack([mean, variance], dim=1))
+        bad = len(mean) - int(mean.isfinite().all(1).sum())
+        known = scale.isfinite()
+        unit = torch.stack([scale, scale.square()]).where(known, 1.0)
+        origin = torch.stack([location, torch.zeros_like(location)]).where(known, 0.0)
+        z = Moments(raw.count.where(known, 0), (raw.mean - origin) / unit, raw.m2 / unit.square())
+        return cls(len(mean), bad, z)
 
     def merge(self, other: LayerMoments) -> LayerMoments:
         """Return what both have accumulated together."""
@@ -109,7 +112,7 @@ def layer_shift(point: ObservationPoint, seen: LayerMoments, worst: int) -> Laye
     log_std_ratio = 0.5 * (variance + 1 - expected).log()
     spread = variance.sqrt() - expected.clamp(min=0).sqrt()
     wasserstein2 = (mean_shift.square() + spread.square()).sqrt()
-    known = seen.moments.count[0] > 0
+    known = (seen.moments.count[0] > 0) & wasserstein2.isfinite()
     order = torch.where(known, wasserstein2, -1).argsort(descending=True)[: min(worst, int(known.sum()))].tolist()
     rms = [float(size[known].square().mean().sqrt()) for size in (mean_shift, log_std_ratio, wasserstein2)]
     return LayerShift(

@@ -23,7 +23,7 @@ SUBWINDOWS = 8
 """A window is this many merged sub-windows; it forgets one at a time, and nothing is ever subtracted."""
 
 PENDING_SAMPLES = 32
-"""Samples that may wait to be accumulated before the forward that brings more does the work."""
+"""Samples that may wait, about, to be accumulated before the forward that brings more does the work."""
 
 
 @dataclass
@@ -152,7 +152,14 @@ class Monitor:
         self._lock = threading.Lock()
         self._pending: deque[Record] = deque()
         self.reset()
-        self._taps = Taps(model, self._take)
+        take = weakref.WeakMethod(self._take)  # or the model's hooks would keep a forgotten monitor alive
+
+        def emit(record: Record) -> None:
+            method = take()
+            if method is not None:
+                method(record)
+
+        self._taps = Taps(model, emit)
         self._finalizer = weakref.finalize(self, self._taps.close)
 
     @property
@@ -209,12 +216,11 @@ class Monitor:
     def _take(self, record: Record) -> None:
         """Receive a record from the taps, in any thread."""
         self._pending.append(record)
-        waiting = sum(_rows(record) for record in tuple(self._pending))
-        if waiting >= PENDING_SAMPLES and self._lock.acquire(blocking=False):
+        if len(self._pending) * _rows(record) >= PENDING_SAMPLES and self._lock.acquire(blocking=False):
             try:
                 self._accumulate()
-            except Exception:
-                _log.exception("a monitored forward could not be accumulated")  # the answer is not to be lost with it
+            except Exception:  # noqa: BLE001 - whatever it is, the answer is not to be lost with it
+                _log.exception("a monitored forward could not be accumulated")
             finally:
                 self._lock.release()
 

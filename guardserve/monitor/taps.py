@@ -14,28 +14,39 @@ import torch
 from torch import nn
 
 from guardserve.batchnorm import CHANNEL_AXIS, ObservationPoint, batchnorm_layers, observation_points
+from guardserve.graphs import graph_norms
+from guardserve.nonfinite import named_tensors
 from guardserve.tracing import is_tracing
 
 
 @dataclass
 class Record:
-    """What one forward showed: for each layer, every time it ran, ``(mean, variance)`` of its input.
+    """What one forward showed.
 
-    Both have shape ``(N, C)``: over the positions of one sample in one channel, in the layer's own units.
+    Attributes:
+        samples: Number of samples, as the model's own input has them; None when a part was called by itself.
+        readings: For each layer, every time it ran, its index and the mean and variance of its input, both of
+            shape ``(N, C)``: over the positions of one sample in one channel, in the layer's own units.
     """
 
+    samples: int | None = None
     readings: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
-def sample_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_moments(x: torch.Tensor, samples: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each sample's mean and population variance over its positions, channel by channel.
 
     Args:
-        x: Input of a BatchNorm layer, shape ``(N, C, *positions)``, any floating dtype and memory format.
+        x: Input of a BatchNorm layer, shape ``(rows, C, *positions)``, any floating dtype and memory format.
+        samples: Number of samples N, when it is known. If the model has laid k rows out of each (frames, crops),
+            one sample after the other, they count as its positions.
 
     Returns:
         Mean and variance, each of shape ``(N, C)``, at least float32.
     """
+    rows = len(x)
+    if samples and rows > samples and rows % samples == 0:
+        x = x.reshape(samples, rows // samples, *x.shape[1:]).transpose(1, 2)
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     if x.ndim == CHANNEL_AXIS + 1:
@@ -43,6 +54,21 @@ def sample_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     positions = x.detach().flatten(CHANNEL_AXIS + 1)
     mean = positions.mean(-1, keepdim=True)
     return mean.squeeze(-1), (positions - mean).square_().mean(-1)
+
+
+class Hook:
+    """A forward hook that a copy or a pickle of the model leaves behind: there it does nothing."""
+
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        """Run the hook."""
+        if self._function is not None:
+            self._function(*args)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
 
 
 class Taps:
@@ -74,16 +100,16 @@ class Taps:
     def _attach(self, model: nn.Module) -> None:
         self.points.extend(observation_points(model))
         for index, point in enumerate(self.points):
-            self._handles.append(point.layer.register_forward_pre_hook(self._tap(index), with_kwargs=True))
-        for name, layer in batchnorm_layers(model):
-            if not layer.track_running_stats:
+            self._handles.append(point.layer.register_forward_pre_hook(Hook(self._tap(index)), with_kwargs=True))
+        observed = {point.name for point in self.points}
+        for name, _ in batchnorm_layers(model):
+            if name not in observed:
                 self.unobserved[name] = "it keeps no running statistics (track_running_stats=False)"
-        for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule) and _script_batchnorm(module):
-                self.unobserved[name] = "TorchScript submodules take no hooks"
+        for norm in graph_norms(model):
+            self.unobserved[norm.name] = "a traced or exported graph takes no hooks"
         if self.points:
-            self._handles.append(model.register_forward_pre_hook(self._begin))
-            self._handles.append(model.register_forward_hook(self._end, always_call=True))
+            self._handles.append(model.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
+            self._handles.append(model.register_forward_hook(Hook(self._end), always_call=True))
 
     def _tap(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def read(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -91,18 +117,21 @@ class Taps:
             if is_tracing():
                 return
             x = args[0] if args else next(iter(kwargs.values()))
-            reading = (index, *sample_moments(x))
+            if not len(x):
+                return
             record: Record | None = getattr(self._open, "record", None)
+            reading = (index, *sample_moments(x, None if record is None else record.samples))
             if record is not None:
                 record.readings.append(reading)
             else:  # a part of the model was called by itself
-                self._emit(Record([reading]))
+                self._emit(Record(None, [reading]))
 
         return read
 
-    def _begin(self, model: nn.Module, args: object) -> None:
-        del model, args
-        self._open.record = None if is_tracing() else Record()
+    def _begin(self, model: nn.Module, args: object, kwargs: object) -> None:
+        del model
+        first = next((tensor for _, tensor in named_tensors((args, kwargs)) if tensor.ndim), None)
+        self._open.record = None if is_tracing() else Record(None if first is None else len(first))
 
     def _end(self, model: nn.Module, args: object, output: object) -> None:
         """Hand over the record; a forward that raised (its output is None) has seen no sample through."""
@@ -111,7 +140,3 @@ class Taps:
         self._open.record = None
         if record is not None and record.readings and output is not None:
             self._emit(record)
-
-
-def _script_batchnorm(module: torch.jit.ScriptModule) -> bool:
-    return "BatchNorm" in str(getattr(module, "original_name", ""))

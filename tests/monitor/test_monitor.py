@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import pickle
 import threading
 from collections import defaultdict
 from typing import Any
@@ -177,10 +179,12 @@ def test_dead_and_nearly_dead_channels_that_fit_are_no_shift() -> None:
 def test_a_channel_that_dies_shows_as_a_narrower_spread() -> None:
     """A dead sensor's constant channel is the worst one, with a negative log ratio and finite figures."""
     model = trained()
-    x = torch.randn(80, 3, 8, 8)
+    entering = model[0](torch.randn(80, 3, 8, 8)).detach()
+    entering[:, 5] = 0.0
     with Monitor(model) as monitor, torch.no_grad():
-        model[1](torch.zeros(80, 8, 6, 6).index_fill(1, torch.tensor([5]), 0.0) + x.new_zeros(1))
+        model[1](entering)
         worst = monitor.snapshot().layers[0].worst_channels[0]
+    assert worst.channel == 5
     assert worst.log_std_ratio < -1
     assert math.isfinite(worst.log_std_ratio)
 
@@ -207,7 +211,7 @@ def test_only_non_finite_activations_give_no_worst_layer() -> None:
     with Monitor(model, min_samples=1) as monitor, torch.no_grad():
         model(torch.full((2, 3, 8, 8), float("nan")))
         assert monitor.snapshot().worst_layer is None
-        assert monitor.verdict().state == "warming"
+        assert monitor.verdict().state == "blind"
 
 
 def test_the_window_forgets_and_the_total_does_not() -> None:
@@ -295,6 +299,75 @@ def test_a_part_called_by_itself_is_seen() -> None:
     with Monitor(model) as monitor, torch.no_grad():
         model[1](torch.randn(7, 8, 3, 3))
         assert [(layer.name, layer.samples) for layer in monitor.snapshot().layers] == [("1", 7)]
+
+
+def test_a_channel_whose_statistics_are_not_finite_blinds_no_other() -> None:
+    """An infinite running variance, as a cast to half leaves it, is left out and counted."""
+    model = trained()
+    model.get_buffer("1.running_var")[0] = float("inf")
+    with Monitor(model) as monitor, torch.no_grad():
+        model(torch.randn(80, 3, 8, 8) * 4)
+        snapshot = monitor.snapshot()
+        assert monitor.verdict().state == "shifted"
+    assert math.isfinite(snapshot.layers[0].wasserstein2)
+    assert 0 not in [channel.channel for channel in snapshot.layers[0].worst_channels]
+    assert snapshot.unobservable_channels == {"1": 1}
+
+
+def test_parts_called_one_after_the_other_count_each_sample_once() -> None:
+    """A caller who runs a model's parts in turn sees as many samples as it sent."""
+    model = trained()
+    with Monitor(model) as monitor, torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(10, 3, 8, 8)
+            for part in model:
+                x = part(x)
+        assert monitor.snapshot().samples == 30
+
+
+def test_rows_laid_out_of_one_sample_count_as_its_positions() -> None:
+    """Frames that a model moves into the batch are no samples of their own."""
+
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.bn(x.flatten(0, 1))
+            return y
+
+    model = Frames().eval()
+    x = torch.randn(6, 5, 3)
+    with Monitor(model) as monitor, torch.no_grad():
+        model(x)
+        (layer,) = monitor.snapshot().layers
+        assert (layer.samples, monitor.snapshot().samples) == (6, 6)
+    shift = x.double().mean((0, 1)) / (1 + model.bn.eps) ** 0.5
+    assert layer.mean_shift == pytest.approx(float(shift.square().mean().sqrt()), rel=1e-5)
+
+
+def test_a_layer_that_loses_its_statistics_fails_no_forward() -> None:
+    """What can no longer be read is left out; answers and snapshots go on."""
+    model = trained()
+    with Monitor(model) as monitor, torch.no_grad():
+        model[1].register_buffer("running_mean", None)
+        model[1].register_buffer("running_var", None)
+        for _ in range(5):
+            model(torch.randn(16, 3, 8, 8))
+        assert [layer.name for layer in monitor.snapshot().layers] == ["4"]
+
+
+def test_copies_of_a_monitored_model_are_ordinary_and_a_forgotten_monitor_lets_go() -> None:
+    """A copy or pickle carries no monitor, and a monitor that is garbage leaves no hook."""
+    model = trained()
+    monitor = Monitor(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - our own bytes
+        other(torch.randn(4, 3, 8, 8))
+    assert monitor.snapshot().samples == 0
+    del monitor
+    gc.collect()
+    assert hooks(model) == 0
 
 
 def test_wrong_arguments_are_named() -> None:
