@@ -9,11 +9,17 @@ from operator import attrgetter
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from guardserve.batchnorm import batchnorm_layers
 
 CONTENT_INTERVAL = 1.0
 """Seconds between two looks at the contents of the buffers, which cost a pass over them."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Look = tuple[tuple[int, ...], tuple[int, ...]]
+"""The identity and the version of every buffer."""
 
 _version = attrgetter("_version")
 
@@ -23,7 +29,8 @@ class BufferWatch:
 
     Almost every in-place operation on a tensor raises its version counter, and those are compared at each
     look. Batch normalisation does not: in training mode it writes running statistics behind the counter's
-    back. So from time to time the contents are compared too, by their sums of bit patterns.
+    back. So from time to time the contents are compared too, by their sums of bit patterns; running statistics
+    of BatchNorm layers that were written so are put back, as a copy of them is kept.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,33 +45,56 @@ class BufferWatch:
             elif isinstance(module, torch.jit.ScriptModule):
                 # it hands out new Python objects at each access, so what it holds is listed once
                 self._script |= {f"{name}.{key}" if name else key: b for key, b in module.named_buffers(recurse=False)}
+        self._layers = [layer for _, layer in batchnorm_layers(model)]
         self._content: dict[int, int] | None = None
+        self._statistics: dict[int, torch.Tensor] = {}
         self._next_content = 0.0
+        self._lazy = {id(b) for _, b in self._named() if is_lazy(b)}
+        self._seen: Look = ((), ())
         self.mark()
 
     def mark(self) -> None:
-        """Take the buffers as they are now for unchanged."""
-        self._seen = self._look()
-        self._content = self._contents() if time.monotonic() >= self._next_content else None
+        """Take the buffers as they are now for unchanged, unless nothing but their contents could tell."""
+        look = self._look()
+        if look != self._seen:
+            self._seen, self._content = look, None
+        if self._content is None and time.monotonic() >= self._next_content:
+            self._keep(self._contents())
 
     def changed(self) -> list[str]:
-        """Return the qualified names of the buffers that were seen to change since the last look, and mark."""
+        """Return the qualified names of the buffers that changed since the last look, and mark."""
         before, self._seen = self._seen, self._look()
         due = time.monotonic() >= self._next_content
         if before == self._seen and not due:
             return []
         old = dict(zip(*before, strict=True))
         new = dict(zip(*self._seen, strict=True))
-        changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-        if due:
-            contents = self._contents()
-            if self._content is not None:
-                changed |= {key for key, value in contents.items() if self._content.get(key, value) != value}
-            self._content = contents
-            self._next_content = time.monotonic() + CONTENT_INTERVAL
+        changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - self._lazy
+        self._lazy &= {id(b) for _, b in self._named() if is_lazy(b)}
+        contents = self._contents()
+        if self._content is not None:
+            behind = {key for key, value in contents.items() if self._content.get(key, value) != value} - changed
+            if self._put_back(behind):
+                self._seen, contents = self._look(), self._contents()
+            changed |= behind
+        self._keep(contents)
+        self._next_content = time.monotonic() + CONTENT_INTERVAL
         return [name for name, buffer in self._named() if id(buffer) in changed]
 
-    def _look(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _keep(self, contents: dict[int, int]) -> None:
+        self._content = contents
+        statistics = (b for layer in self._layers for b in (layer.running_mean, layer.running_var))
+        self._statistics = {id(b): b.detach().clone() for b in statistics if b is not None and id(b) in contents}
+
+    def _put_back(self, behind: set[int]) -> bool:
+        """Write kept statistics over those that were written behind the counter's back."""
+        found = [b for _, b in self._named() if id(b) in behind and id(b) in self._statistics]
+        for buffer in found:
+            with torch.inference_mode(mode=buffer.is_inference()), torch.no_grad():
+                buffer.copy_(self._statistics[id(buffer)])
+        return bool(found)
+
+    def _look(self) -> Look:
         """Return the identity and the version of every buffer."""
         buffers = [b for b in chain.from_iterable(map(dict.values, self._dicts)) if b is not None]
         buffers.extend(self._script.values())
@@ -75,12 +105,9 @@ class BufferWatch:
         return tuple(map(id, buffers)), versions
 
     def _contents(self) -> dict[int, int]:
-        """Sum the bit patterns of every plain buffer; NaN equals itself this way."""
-        return {
-            id(buffer): int(buffer.detach().reshape(-1).view(_INTEGERS[buffer.element_size()]).sum())
-            for _, buffer in self._named()
-            if buffer.layout is torch.strided and not buffer.is_meta and buffer.element_size() in _INTEGERS
-        }
+        """Sum the bit patterns of every buffer that has such; NaN equals itself this way."""
+        sums = ((id(buffer), _bit_sum(buffer)) for _, buffer in self._named())
+        return {key: value for key, value in sums if value is not None}
 
     def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._script.items()
@@ -90,3 +117,11 @@ class BufferWatch:
                 for key, buffer in buffers.items():
                     if buffer is not None:
                         yield f"{name}.{key}" if name else key, buffer
+
+
+def _bit_sum(buffer: torch.Tensor) -> int | None:
+    """Sum a tensor's bit patterns; None for one that has no plain memory (quantised, nested, sparse, lazy)."""
+    try:
+        return int(buffer.detach().reshape(-1).view(_INTEGERS[buffer.element_size()]).sum())
+    except (RuntimeError, ValueError, KeyError):
+        return None

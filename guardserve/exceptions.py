@@ -8,6 +8,8 @@ Every one of them names what was wrong (the module, the field, the value seen) a
     ├── ModelLoadError             a model could not be loaded
     │   └── PickleRefusedError     loading it would run pickled code
     ├── FusionError                a model cannot be fused, or its fused copy does not answer as it does
+    ├── ReferenceProfileError      a reference profile could not be made or read
+    │   └── ReferenceMismatchError it belongs to another model
     ├── InputError                 an inference request's tensors do not fit the model (also a ValueError)
     └── GuardError                 a safeguard stopped an inference
         ├── NonFiniteOutputError   an output holds NaN or infinity
@@ -40,7 +42,12 @@ class MissingExtraError(GuardserveError, ImportError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f'{feature} needs the "{extra}" extra: pip install "guardserve[{extra}]"')
+        self.feature = feature
         self.extra = extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        """Pickle by the constructor's arguments, for process pools."""
+        return type(self), (self.feature, self.extra)
 
 
 class ModelLoadError(GuardserveError):
@@ -53,6 +60,14 @@ class PickleRefusedError(ModelLoadError):
 
 class FusionError(GuardserveError):
     """A model cannot be copied to be fused, or its fused copy does not answer as the model does."""
+
+
+class ReferenceProfileError(GuardserveError):
+    """A reference profile could not be made from the data, or read from a file."""
+
+
+class ReferenceMismatchError(ReferenceProfileError):
+    """A reference profile belongs to another model, or to the same one before its statistics changed."""
 
 
 class InputError(GuardserveError, ValueError):
@@ -77,11 +92,16 @@ class NonFiniteOutputError(GuardError):
 
     def __init__(self, message: str, bad: NonFinite, module: str | None = None) -> None:
         super().__init__(message)
+        self._bad = bad
         self.output = bad.path
         self.count = bad.count
         self.total = bad.total
         self.rows = bad.rows
         self.module = module
+
+    def __reduce__(self) -> tuple[type[NonFiniteOutputError], tuple[str, NonFinite, str | None]]:
+        """Pickle by the constructor's arguments, for process pools."""
+        return type(self), (str(self), self._bad, self.module)
 
 
 class TrainingModeError(GuardError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import threading
 import time
@@ -11,15 +10,17 @@ import types
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, overload
 
 import torch
 from torch import nn
 
 from guardserve.batchnorm import batchnorm_layers
-from guardserve.buffers import BufferWatch
+from guardserve.buffers import CONTENT_INTERVAL, BufferWatch
+from guardserve.decoration import decorate
 from guardserve.exceptions import NonFiniteOutputError, TrainingModeError
+from guardserve.gradients import gradients
 from guardserve.graphs import graph_norms
 from guardserve.modes import EvalHold
 from guardserve.nonfinite import NonFinite, find_nonfinite
@@ -145,8 +146,8 @@ class EvalGuard:
             NonFiniteOutputError: If an output holds NaN or infinity and the policy is ``"raise"``.
             TrainingModeError: If the forward moved running statistics and that policy is ``"raise"``.
         """
-        if len(args) == 1 and not kwargs and isinstance(args[0], (types.FunctionType, types.MethodType)):
-            return self._decorate(args[0])
+        if len(args) == 1 and not kwargs and isinstance(args[0], FUNCTIONS):
+            return decorate(args[0], self, self.check)
         output = self.run(*args, **kwargs)
         self.check(output, trace=lambda: trace_nonfinite(self.module, *args, **kwargs))
         return output
@@ -157,23 +158,28 @@ class EvalGuard:
         try:
             with torch.inference_mode() if self._inference_mode else torch.no_grad():
                 output = self.module(*args, **kwargs)
-        finally:
-            self.release()
+        except BaseException:
+            self._release()  # the model's own error is the one to be seen
+            raise
+        self.release()
         self._count("calls")
         return output
 
     def __enter__(self) -> nn.Module:
         """Enter a block: eval mode, and gradients off in this thread."""
         self.acquire()
-        _grad.disable()
+        gradients.disable()
         return self.module
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         """Leave the block, restoring the flags unless another holder is still inside."""
         try:
-            self.release()
+            if kind is None:
+                self.release()
+            else:
+                self._release()
         finally:
-            _grad.restore()
+            gradients.restore()
 
     def __reduce__(self) -> tuple[Callable[..., EvalGuard], tuple[nn.Module]]:
         """Copy and pickle as a fresh guard of the copied model."""
@@ -208,12 +214,12 @@ class EvalGuard:
         self._count("nonfinite_values", sum(bad.count for bad in found))
         if self._on_nonfinite == "ignore":
             return found
-        origin = None
+        origin, where = None, f"where it arose is looked for every {self._trace_interval:g} s only"
         if time.monotonic() >= self._next_trace:
             origin = trace()
+            where = "where it arose was not found" if origin is None else f"it arose in {origin}"
             self._next_trace = time.monotonic() + self._trace_interval
-        message = "; ".join(str(bad) for bad in found)
-        message += f"; it arose in {origin}" if origin is not None else "; where it arose was not found"
+        message = "; ".join([*map(str, found), where])
         if self._on_nonfinite == "raise":
             raise NonFiniteOutputError(message, found[0], getattr(origin, "module", None))
         warnings.warn(message, NonFiniteOutputWarning, stacklevel=3)
@@ -222,12 +228,16 @@ class EvalGuard:
     def acquire(self) -> None:
         """Hold the model in eval mode until :meth:`release`: for a server's lifetime, so that a call finds it so."""
         found = self._hold.acquire()
-        with self._lock:
-            if self._watched != self._hold.generation:
-                self._watch, self._watched = BufferWatch(self.module), self._hold.generation
-            elif self._inside == 0:
-                self._watch.mark()
-            self._inside += 1
+        try:
+            with self._lock:
+                if self._watched != self._hold.generation:
+                    self._watch, self._watched = BufferWatch(self.module), self._hold.generation
+                elif self._inside == 0:
+                    self._watch.mark()
+                self._inside += 1
+        except BaseException:
+            self._hold.release()
+            raise
         if found:
             self._count("training_on_entry")
             if self._counts["training_on_entry"] == 1:
@@ -243,25 +253,31 @@ class EvalGuard:
         Raises:
             TrainingModeError: If running statistics moved since :meth:`acquire` and the policy is ``"raise"``.
         """
+        changed = self._release()
+        if changed:
+            self._report_changed(changed)
+
+    def _release(self) -> list[str]:
+        """Let go; return the buffers that changed, which are counted."""
         flipped = self._hold.release()
         if flipped:
             self._count("training_during_forward", len(flipped))
             _log.warning("put in training mode during inference: %s", _some(self._hold.names(flipped)))
         with self._lock:
-            changed = self._watch.changed()
             self._inside -= 1
-        if changed:
-            self._report_changed(changed)
+            changed = self._watch.changed()
+        self._count("buffers_changed", len(changed))
+        return changed
 
     def _report_changed(self, changed: list[str]) -> None:
-        self._count("buffers_changed", len(changed))
         statistics = {f"{name}." for name, _ in batchnorm_layers(self.module)}
         moved = [name for name in changed if name[: name.rfind(".") + 1] in statistics]
         if moved:
             self._meet(
                 "hazards",
-                f"inference moved running statistics: {_some(moved)}; every later answer depends on this request. "
-                "Find what trains these layers, and load their statistics anew",
+                f"inference moved running statistics: {_some(moved)}. It was noticed now, and may have been any call "
+                f"of the last {CONTENT_INTERVAL:g} s; what batch normalisation wrote is put back. Find what calls it "
+                "with training=True on these layers",
             )
         others = [name for name in changed if name not in moved]
         if others:
@@ -278,71 +294,9 @@ class EvalGuard:
         with self._lock:
             self._counts[what] += by
 
-    def _decorate(self, function: Callable[P, Any]) -> Callable[P, Any]:
-        """Guard a function; a generator or coroutine is guarded step by step, so never while suspended."""
-        if inspect.iscoroutinefunction(function):
 
-            @functools.wraps(function)
-            async def coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
-                output = await types.coroutine(self._steps)(function(*args, **kwargs))
-                self.check(output)
-                return output
-
-            return coroutine
-        if inspect.isasyncgenfunction(function):
-
-            @functools.wraps(function)
-            async def async_generator(*args: P.args, **kwargs: P.kwargs) -> Any:
-                items = function(*args, **kwargs)
-                try:
-                    while True:
-                        try:
-                            item = await types.coroutine(self._steps)(items.__anext__())
-                        except StopAsyncIteration:
-                            return
-                        self.check(item)
-                        yield item
-                finally:
-                    await items.aclose()
-
-            return async_generator
-        if inspect.isgeneratorfunction(function):
-
-            @functools.wraps(function)
-            def generator(*args: P.args, **kwargs: P.kwargs) -> Any:
-                return (yield from self._steps(function(*args, **kwargs), self.check))
-
-            return generator
-
-        @functools.wraps(function)
-        def plain(*args: P.args, **kwargs: P.kwargs) -> Any:
-            with self:
-                output = function(*args, **kwargs)
-            self.check(output)
-            return output
-
-        return plain
-
-    def _steps(self, inner: Any, check: Callable[[Any], object] = lambda _: None) -> Generator[Any, Any, Any]:
-        """Drive a generator or coroutine, guarding each step and not the pauses between them."""
-        resume: Callable[[], Any] = functools.partial(inner.send, None)
-        while True:
-            try:
-                with self:
-                    item = resume()
-            except StopIteration as stop:
-                return stop.value
-            check(item)
-            try:
-                sent = yield item
-            except GeneratorExit:
-                inner.close()
-                raise
-            except BaseException as error:  # noqa: BLE001 - whatever is thrown in belongs to the inner one
-                resume = functools.partial(inner.throw, error)
-            else:
-                resume = functools.partial(inner.send, sent)
-
+FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+"""What a guard takes for a function to decorate rather than for the model's input."""
 
 COUNTS = (
     "calls",
@@ -369,36 +323,6 @@ def eval_hazards(model: nn.Module) -> Iterator[str]:
                 f"{norm.name} ({norm.operator}) was traced or exported in training mode and stays so: "
                 "call model.eval() before tracing or exporting it, and make the file again"
             )
-
-
-class _ThreadGrad(threading.local):
-    """Gradients off for a thread while any block of it is open, in whatever order the blocks end.
-
-    Coroutines of one thread may leave their blocks in another order than they entered them; saving and
-    restoring in each would turn gradients on under one that is still inside.
-    """
-
-    depth = 0
-    before = True
-
-    def disable(self) -> None:
-        if self.depth == 0:
-            self.before = torch.is_grad_enabled()
-        self.depth += 1
-        torch.set_grad_enabled(False)
-
-    def restore(self) -> None:
-        if self.depth == 0:
-            raise RuntimeError(
-                "this EvalGuard block was entered in another thread, where gradients now stay off; "
-                "enter and leave it in one thread, or call the guard itself for each forward"
-            )
-        self.depth -= 1
-        if self.depth == 0:
-            torch.set_grad_enabled(self.before)
-
-
-_grad = _ThreadGrad()
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -15,14 +15,16 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-# Both are guarded by _LOCK. A module is in _switched while at least one hold needs it in eval mode and it
-# was training before the first of them came.
+# All are guarded by _LOCK. A module is in _switched while at least one hold needs it in eval mode and it was
+# training before the first of them came. _holds are those that somebody is in.
 _LOCK = threading.Lock()
 _switched: Counter[nn.Module] = Counter()
+_holds: list[EvalHold] = []
 
 _training = itemgetter("training")
 
@@ -31,8 +33,9 @@ class EvalHold:
     """Keeps the modules of one model in eval mode between :meth:`acquire` and :meth:`release`.
 
     Flags are written to each module directly: a subclass may override ``train()``, and a program from
-    ``torch.export`` raises in it. Layers whose output depends on the flag (BatchNorm, InstanceNorm, Dropout)
-    also carry a forward hook, so that a ``.train()`` called *inside* a forward cannot reach them.
+    ``torch.export`` raises in it. Layers whose output depends on the flag (BatchNorm, InstanceNorm, Dropout
+    and leaves of classes that are not torch's) also carry a forward hook, so that a ``.train()`` called *inside* a
+    forward does not reach theirs.
 
     Attributes:
         depth: Number of holders inside now, over all threads.
@@ -59,6 +62,8 @@ class EvalHold:
             if self._children_now() != self._children or any(self._leaves):
                 self._survey()
             found = self._switch_to_eval()
+            if self.depth == 0:
+                _holds.append(self)
             self.depth += 1
         return found
 
@@ -69,9 +74,10 @@ class EvalHold:
             The modules that somebody put in training mode during the hold.
         """
         with _LOCK:
-            flipped = self._switch_to_eval()
+            flipped = self._newcomers() + self._switch_to_eval()
             self.depth -= 1
             if self.depth == 0:
+                _holds.remove(self)
                 for module, flags in self._held:
                     others = _switched[module] - 1
                     if others:
@@ -88,10 +94,29 @@ class EvalHold:
         return [name for name, module in self.model.named_modules() if module in wanted]
 
     def close(self) -> None:
-        """Remove the hooks from the model."""
+        """Let go for every holder, and remove the hooks from the model."""
+        while self.depth:
+            self.release()
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
+
+    def _newcomers(self) -> list[nn.Module]:
+        """Take in the modules that were made during the hold, in training mode as modules are; return those."""
+        if self._children_now() == self._children and not any(self._leaves):
+            return []
+        known = set(self._modules)
+        self._survey()
+        made = [
+            (m, flags)
+            for m, flags in zip(self._modules, self._flags, strict=True)
+            if m not in known and flags["training"]
+        ]
+        for _, flags in made:
+            flags["training"] = False
+        self._held += made
+        _switched.update(m for m, _ in made)
+        return [m for m, _ in made]
 
     def _switch_to_eval(self) -> list[nn.Module]:
         """Switch what is training to eval and register it, unless it is registered; return what was training."""
@@ -104,7 +129,9 @@ class EvalHold:
         if self.depth == 0:
             # what another hold has switched must also wait for this one
             held = [pair for pair in zip(self._modules, self._flags, strict=True) if pair[0] in _switched]
-            self._held = held + [pair for pair in found if pair[0] not in _switched]
+            # and what somebody flipped during another hold was not training before it
+            flipped = {m for hold in _holds for m in hold._modules} if found and _holds else set()  # noqa: SLF001
+            self._held = held + [pair for pair in found if pair[0] not in _switched and pair[0] not in flipped]
             _switched.update(m for m, _ in self._held)
         return [m for m, _ in found]
 
@@ -120,11 +147,20 @@ class EvalHold:
         self._leaves = [c for c in children if not c]
         self._children = self._children_now()
         for module in self._modules:
-            if module not in self._hooks and isinstance(module, (_NormBase, _DropoutNd)):
+            if module not in self._hooks and _heeds_flag(module):
                 self._hooks[module] = module.register_forward_pre_hook(_KeepEval(self))
 
     def _children_now(self) -> tuple[nn.Module | None, ...]:
         return tuple(chain.from_iterable(map(dict.values, self._containers)))
+
+
+def _heeds_flag(module: nn.Module) -> bool:
+    """Tell whether a layer's own forward may depend on its flag."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    known = isinstance(module, (_NormBase, _DropoutNd, nn.RReLU, nn.RNNBase, nn.MultiheadAttention))
+    foreign = not type(module).__module__.startswith("torch.nn.modules.")
+    return known or (foreign and next(module.children(), None) is None)
 
 
 class _KeepEval:
@@ -154,7 +190,7 @@ class _Attributes(MutableMapping[str, Any]):
         self._module = module
 
     def __getitem__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self._module, name, False)  # a frozen one has none: it is in eval mode for good
 
     def __setitem__(self, name: str, value: Any) -> None:
         setattr(self._module, name, value)

@@ -58,7 +58,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
         return True
-    return cmath.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+    values = _plain(tensor)
+    return cmath.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def find_nonfinite(value: object, path: str = "output") -> Iterator[NonFinite]:
@@ -66,7 +67,20 @@ def find_nonfinite(value: object, path: str = "output") -> Iterator[NonFinite]:
     for name, tensor in named_tensors(value, path):
         if is_finite(tensor):
             continue
-        bad = ~tensor.detach().isfinite()
-        where = bad.nonzero()
-        rows = sorted(set(where[:, 0].tolist())) if bad.ndim else [0]
-        yield NonFinite(name, len(where), bad.numel(), tuple(rows), tuple(where[0].tolist()))
+        # nothing here grows with the number of bad values: a hostile input may be nothing else
+        bad = ~_plain(tensor.detach()).isfinite()
+        flat = bad.flatten()
+        rows = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist() if bad.ndim else [0]
+        first = torch.unravel_index(flat.to(torch.uint8).argmax(), bad.shape) if bad.ndim else ()
+        yield NonFinite(name, int(flat.sum()), flat.numel(), tuple(rows), tuple(int(index) for index in first))
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the values in a form in which torch can sum them and test them for finiteness."""
+    if tensor.is_nested:
+        tensor = tensor.values()
+    elif tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.dtype is torch.complex32:
+        return tensor.to(torch.complex64)
+    return tensor.float() if tensor.element_size() == 1 else tensor

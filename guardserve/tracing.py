@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guardserve.batchnorm import CHANNEL_AXIS, has_running_stats, is_batchnorm
@@ -17,6 +18,7 @@ from guardserve.modes import EvalHold
 from guardserve.nonfinite import NonFinite, find_nonfinite, is_finite, named_tensors
 
 _state = threading.local()
+_LOCK = threading.Lock()
 
 
 def is_tracing() -> bool:
@@ -74,26 +76,33 @@ def trace_nonfinite(model: nn.Module, *args: Any, **kwargs: Any) -> NonFiniteOri
         The origin, or None when every output was finite, when the inputs themselves were not, or when the
         forward raised before anything became non-finite.
     """
-    trace = _Trace()
-    hold = EvalHold(model)
-    hold.acquire()
-    try:
-        # an operation that refuses NaN may raise after the origin was seen: the origin is what counts
-        with suppress(Exception), trace.hooks(model), torch.no_grad(), trace:
-            model(*args, **kwargs)
-    finally:
-        hold.release()
-        hold.close()
+    model = getattr(model, "_orig_mod", model)  # a compiled model's own code tells more than its graph
+    with _LOCK:
+        trace = _Trace()
+        hold = EvalHold(model)
+        hold.acquire()
+        try:
+            # an operation that refuses NaN may raise after the origin was seen: the origin is what counts
+            with suppress(Exception), trace.hooks(model), torch.no_grad(), trace:
+                model(*args, **kwargs)
+        finally:
+            hold.release()
+            hold.close()
     return trace.origin
 
 
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches operators and modules for the first non-finite value."""
+    """Watches operators and modules for the first non-finite value that is not used up again.
+
+    An attention mask of minus infinity is no fault: the softmax that takes it gives finite values, and with
+    that everything noted before is forgotten.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.origin: NonFiniteOrigin | None = None
-        self._running: list[str] = []
+        self._names: dict[nn.Module, str] = {}
+        self._running: list[tuple[str, bool]] = []
         self._operators: list[tuple[str, str]] = []
 
     def __torch_dispatch__(
@@ -102,46 +111,62 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operator, and note it if it made a non-finite value of anything finite."""
         del types
         output = func(*args, **(kwargs or {}))
-        if self.origin is None and next(find_nonfinite(output), None) is not None:
-            inputs = [tensor for _, tensor in named_tensors((args, kwargs or {}))]
+        operator = str(func.overloadpacket)
+        outputs = _floating(output)
+        if outputs and not operator.startswith(("aten.empty", "aten.new_empty")):
+            inputs = _floating((args, kwargs or {}))
+            if all(map(is_finite, outputs)):
+                if not all(map(is_finite, inputs)):
+                    self.origin = None
+                    self._operators.clear()
             # a mere view of a bad parameter takes nothing finite
-            if not inputs or any(is_finite(tensor) for tensor in inputs):
-                self._operators.append((self._running[-1] if self._running else "", str(func.overloadpacket)))
+            elif not inputs or any(map(is_finite, inputs)):
+                self._operators.append((self._running[-1][0] if self._running else "", operator))
         return output
 
     @contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
-        """Hook every module that takes hooks; TorchScript's children do not."""
-        handles: list[Any] = []
+        """Watch the modules of a model as they run in this thread.
+
+        The hooks are torch's global ones and know their thread: hooks on the modules themselves would run in
+        other threads' forwards as well.
+        """
+        thread = threading.get_ident()
+        self._names = {module: name for name, module in model.named_modules()}
+
+        def entering(module: nn.Module, *_: object) -> None:
+            if threading.get_ident() == thread and module in self._names:
+                self._running.append((self._names[module], bool(self._operators)))
+
+        def leaving(module: nn.Module, args: object, output: object) -> None:
+            if threading.get_ident() == thread and module in self._names:
+                name = self._names[module]
+                while self._running:  # more than one where the model caught an exception
+                    left, came_late = self._running.pop()
+                    if left == name:
+                        self._leave(name, module, args, output, came_late=came_late)
+                        break
+
+        handles = [register_module_forward_pre_hook(entering), register_module_forward_hook(leaving)]
         _state.tracing = True
         try:
-            for name, module in model.named_modules():
-                if not isinstance(module, torch.jit.ScriptModule) or not name:
-                    handles.append(module.register_forward_pre_hook(self._entering(name)))
-                    handles.append(module.register_forward_hook(self._leaving(name), with_kwargs=True))
             yield
         finally:
             _state.tracing = False
             for handle in handles:
                 handle.remove()
 
-    def _entering(self, name: str) -> Any:
-        def hook(module: nn.Module, args: object) -> None:
-            del module, args
-            self._running.append(name)
+    def _leave(self, name: str, module: nn.Module, args: object, output: object, *, came_late: bool) -> None:
+        """Blame a module that gave a non-finite value for finite inputs.
 
-        return hook
-
-    def _leaving(self, name: str) -> Any:
-        def hook(module: nn.Module, args: object, kwargs: object, output: object) -> None:
-            self._running.pop()
-            if self.origin is not None:
-                return
-            bad = next(find_nonfinite(output), None)
-            if bad is not None and next(find_nonfinite((args, kwargs)), None) is None:
-                self.origin = self._blame(name, module, bad)
-
-        return hook
+        Keyword inputs do not reach a global hook: then, an operator that was noted before tells.
+        """
+        if self.origin is not None:
+            return
+        bad = next(find_nonfinite(output), None)
+        taken = _floating(args)
+        if bad is not None and (all(map(is_finite, taken)) if taken else not came_late):
+            self.origin = self._blame(name, module, bad)
 
     def _blame(self, name: str, module: nn.Module, bad: NonFinite) -> NonFiniteOrigin:
         inside = f"{name}." if name else ""
@@ -153,3 +178,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             var = float(module.get_buffer("running_var")[channel])
         operator = operators[0] if operators else None
         return NonFiniteOrigin(name, type(module).__name__, bad, operator, channel, mean, var)
+
+
+def _floating(value: object) -> list[torch.Tensor]:
+    return [t for _, t in named_tensors(value) if t.is_floating_point() or t.is_complex()]

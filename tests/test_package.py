@@ -17,8 +17,8 @@ ROOT = Path(guardserve.__file__).parent
 # from the ground up; rooms of one level do not import each other
 LEVELS = (
     {"exceptions"},
-    {"signature", "batchnorm", "buffers", "graphs", "stats", "nonfinite"},
-    {"modes"},
+    {"signature", "batchnorm", "graphs", "stats", "nonfinite"},
+    {"modes", "buffers", "decoration", "gradients"},
     {"tracing"},
     {"fusion", "guard", "loading", "settings", "monitor"},
     {"audit"},
