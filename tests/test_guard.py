@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
+import gc
 import pickle
 import random
 import threading
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from guardserve import EvalGuard, NonFiniteOutputError, NonFiniteOutputWarning
+from guardserve import EvalGuard, MissingExtraError, NonFiniteOutputError, NonFiniteOutputWarning
 
 
 class Net(nn.Module):
@@ -163,14 +165,6 @@ def test_threads_that_overlap_never_see_training(net: Net) -> None:
     assert guard.counts["calls"] + other.counts["calls"] > 0
 
 
-def test_a_naive_restore_would_fail_the_overlap_test(net: Net) -> None:
-    """The hazard is real: model.train(previous) on exit un-freezes layers and trains under a second holder."""
-    previous = net.training
-    net.eval()
-    net.train(previous)
-    assert net.stem[1].training, "the frozen layer was un-frozen by the usual idiom"
-
-
 class Stubborn(nn.Module):
     """Its train() ignores what it is told, and its forward puts a layer back in training."""
 
@@ -215,6 +209,204 @@ def test_modules_added_after_construction_are_guarded(net: Net) -> None:
         net(X)
     assert flags(net) == before
     assert guard.counts["training_during_forward"] == 2
+
+
+def test_a_custom_layer_that_heeds_the_flag_is_not_reached_by_a_train_inside_forward() -> None:
+    """Not only torch's own layers: a leaf of a foreign class, such as stochastic depth, is protected as well."""
+
+    class Depth(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rand(1) if self.training else x
+
+    class Flipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depth = Depth()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.train()
+            y: torch.Tensor = self.depth(x)
+            return y
+
+    assert torch.equal(EvalGuard(Flipping())(X), X)
+
+
+def test_a_layer_made_inside_forward_is_noticed_and_given_back_training() -> None:
+    """It has run once as it was made; from then on it is held like any other."""
+
+    class Growing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not hasattr(self, "bn"):
+                self.bn = nn.BatchNorm2d(3)
+            y: torch.Tensor = self.bn(x)
+            return y
+
+    model = Growing()
+    guard = EvalGuard(model)
+    guard(X)
+    assert guard.counts["training_during_forward"] == 1
+    assert model.bn.training, "it was made in training mode"
+    assert torch.equal(guard(X), expected(model))
+
+
+def test_a_train_between_two_overlapping_holds_is_nobodys_own_flag(net: Net) -> None:
+    """What somebody flips while the model is held is not taken for its state by the next to enter."""
+    net.eval()
+    first, second = EvalGuard(net), EvalGuard(net)
+    first.acquire()
+    net.train()
+    second.acquire()
+    second.release()
+    assert not any(flags(net)), "the first is still inside"
+    first.release()
+    assert not any(flags(net)), "it was in eval mode before both"
+
+
+def test_gradients_that_were_turned_on_inside_a_block_stay_on_after_a_nested_one(net: Net) -> None:
+    """A nested block gives back what it found, like torch's own context managers."""
+    guard = EvalGuard(net)
+    with guard, torch.enable_grad():
+        with guard:
+            assert not torch.is_grad_enabled()
+        assert torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_a_failed_entry_holds_nothing(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the guard itself cannot enter, the flags are as they were."""
+    guard = EvalGuard(net)
+    before = flags(net)
+    monkeypatch.setattr(guard._watch, "mark", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        guard(X)
+    assert flags(net) == before
+
+
+def test_the_models_own_error_is_the_one_to_be_seen() -> None:
+    """A forward that moves statistics and then raises shows its own error; the move is counted."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.bn.get_buffer("running_mean").add_(x.mean())
+            raise ZeroDivisionError
+
+    guard = EvalGuard(Both())
+    with pytest.raises(ZeroDivisionError):
+        guard(torch.ones(4, 3))
+    assert guard.counts["buffers_changed"] == 1
+
+
+def test_a_guard_that_is_garbage_while_it_holds_lets_go(net: Net) -> None:
+    """Nobody could release it any more."""
+    before = flags(net)
+    guard = EvalGuard(net)
+    guard.acquire()
+    del guard
+    gc.collect()
+    assert flags(net) == before
+
+
+def test_lazy_results_of_a_decorated_function_are_driven_guarded(net: Net) -> None:
+    """A generator expression, a map or a coroutine does its work later, and is guarded then."""
+    guard = EvalGuard(net)
+    want = expected(net)
+
+    @guard
+    def mapped() -> Any:
+        return map(net, [X, X])
+
+    @guard
+    def generated() -> Any:
+        return (net(X) for _ in range(2))
+
+    async def inner() -> torch.Tensor:
+        y: torch.Tensor = net(X)
+        return y
+
+    @guard
+    def awaited() -> Any:
+        return inner()
+
+    assert all(torch.equal(y, want) for y in [*mapped(), *generated()])
+
+    async def main() -> None:
+        assert torch.equal(await awaited(), want)
+
+    asyncio.run(main())
+
+
+def test_partial_functions_are_decorated_too(net: Net) -> None:
+    """functools.partial is a function, not an input of the model."""
+    guard = EvalGuard(net)
+    assert torch.equal(guard(functools.partial(net, X))(), expected(net))
+
+
+def test_what_is_sent_to_and_thrown_into_an_async_generator_reaches_it(net: Net) -> None:
+    """The decorated one behaves as the plain one."""
+    guard = EvalGuard(net)
+    received: list[str] = []
+
+    @guard
+    async def stream() -> AsyncIterator[torch.Tensor]:
+        try:
+            while True:
+                received.append(str((yield net(X))))
+        except KeyError as error:
+            received.append(str(error))
+            yield net(X)
+
+    async def main() -> None:
+        items: Any = stream()
+        await items.__anext__()
+        await items.asend("hello")
+        await items.athrow(KeyError("thrown"))
+        await items.aclose()
+
+    asyncio.run(main())
+    assert received == ["hello", "'thrown'"]
+
+
+def test_a_nan_in_one_thread_leaves_the_others_alone() -> None:
+    """Looking for an origin re-runs the model in its own thread and no other forward notices."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    bad, good = EvalGuard(model, on_nonfinite="warn"), EvalGuard(model)
+    x = torch.ones(2, 3)
+    nan = torch.full((2, 3), float("nan"))
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def serve() -> None:
+        try:
+            while not done.is_set():
+                good(x)
+        except BaseException as error:  # noqa: BLE001 - any failure is what the test looks for
+            failures.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(40):
+        with pytest.warns(NonFiniteOutputWarning):
+            bad(nan)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_errors_survive_a_process_pool(net: Net) -> None:
+    """They can be pickled with what they carry."""
+    poison(net)
+    with pytest.raises(NonFiniteOutputError) as caught:
+        EvalGuard(net)(X)
+    error = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own bytes
+    assert (str(error), error.module, error.rows) == (str(caught.value), "block.1", (0,))
+    missing = pickle.loads(pickle.dumps(MissingExtraError("Plots", "plot")))  # noqa: S301
+    assert missing.extra == "plot"
 
 
 def test_a_decorated_method_function_and_static_call_are_guarded(net: Net) -> None:

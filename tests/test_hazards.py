@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,6 +172,43 @@ def test_a_forward_that_moves_running_statistics_is_an_error_that_names_them() -
     with pytest.raises(TrainingModeError), guard:
         guard.module(torch.randn(4, 3))
     assert torch.is_grad_enabled()
+
+
+def test_silent_writes_are_found_at_the_next_look_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contents are compared once in a while; what batch normalisation wrote in between is undone."""
+    monkeypatch.setattr(buffers, "CONTENT_INTERVAL", 0.2)
+    model = Functional(own=False)
+    guard = EvalGuard(model)
+    with pytest.raises(TrainingModeError, match="put back"):
+        guard(torch.randn(4, 3) + 5)
+    guard(torch.randn(4, 3) + 5)  # behind the counter's back, and not yet due
+    assert not torch.equal(model.get_buffer("bn.running_mean"), torch.zeros(3))
+    time.sleep(0.25)
+    with pytest.raises(TrainingModeError, match=r"bn\.running_mean"):
+        guard(torch.randn(4, 3) + 5)
+    assert torch.equal(model.get_buffer("bn.running_mean"), torch.zeros(3))
+    assert torch.equal(model.get_buffer("bn.running_var"), torch.ones(3))
+
+
+def test_odd_buffers_and_lazy_layers_are_guarded() -> None:
+    """Buffers that have no plain memory are looked at as far as they go, and becoming real is no change."""
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    model.register_buffer("conjugate", torch.zeros(3, dtype=torch.complex64).conj())
+    model.register_buffer("sparse", torch.eye(2).to_sparse())
+    guard = EvalGuard(model)
+    assert guard(X).shape == (4, 4, 6, 6)
+    guard(X)
+    assert guard.counts["buffers_changed"] == 0
+    assert all(module.training for module in model.modules())
+
+
+def test_a_frozen_script_is_guarded() -> None:
+    """It has no flag at all, for it is in eval mode for good."""
+    model = convnet()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frozen = torch.jit.freeze(scripted(model.eval()))
+    torch.testing.assert_close(EvalGuard(frozen)(X[:1]), expected(model, X[:1]))
 
 
 def test_other_buffers_that_change_are_reported_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +55,29 @@ def test_finite_values_whose_sum_overflows_are_finite() -> None:
     """The quick test by the sum must not take an overflow for a fault."""
     assert is_finite(torch.full((4,), torch.finfo(torch.float32).max))
     assert is_finite(torch.full((4,), 60000.0, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: x.to(torch.float8_e4m3fn),
+        lambda x: x.to(torch.complex64),
+        lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
+    ],
+    ids=["sparse", "csr", "float8", "complex", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_unusual_tensors_are_looked_into(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Layouts and types that torch cannot sum or test directly are no blind spot."""
+    x = torch.ones(2, 3)
+    assert is_finite(make(x))
+    x[1, 2] = float("nan")
+    bad = make(x)
+    assert not is_finite(bad)
+    (found,) = find_nonfinite(bad)
+    assert found.count == 1
 
 
 def test_opposite_infinities_are_not_hidden_by_their_sum() -> None:

@@ -46,6 +46,32 @@ def test_an_operation_outside_any_child_names_the_model_itself() -> None:
     assert (origin.module, str(origin)) == ("", "the model itself (LogNet) by aten.log, first in channel 0")
 
 
+class Attention(nn.Module):
+    """Masks with minus infinity, as attention does, and takes a logarithm of what its norm gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return NaN for inputs below zero."""
+        weights = torch.zeros_like(x).masked_fill(torch.arange(3) > 1, float("-inf")).softmax(-1)
+        y: torch.Tensor = self.norm(x * weights)
+        return y.log()
+
+
+def test_an_infinity_that_is_used_up_rightly_is_not_blamed() -> None:
+    """A mask of minus infinity ends in a softmax; the NaN comes from the logarithm after it."""
+    origin = trace_nonfinite(Attention(), -torch.ones(2, 3))
+    assert origin is not None
+    assert (origin.module, origin.operator) == ("", "aten.log")
+    model = Attention()
+    model.get_buffer("norm.running_var").fill_(-1.0)
+    origin = trace_nonfinite(model, torch.ones(2, 3))
+    assert origin is not None
+    assert (origin.module, origin.running_var) == ("norm", -1.0)
+
+
 def test_finite_outputs_and_bad_inputs_have_no_origin() -> None:
     """Nothing arose in the model when all is finite, or when the input already was not."""
     model = LogNet()
