@@ -144,6 +144,11 @@ class ObservationPoint:
         """Whether the layer has running statistics now: a lazy one has none before its first input."""
         return isinstance(self.layer, FusedBatchNorm) or has_running_stats(self.layer)
 
+    def takes(self, x: torch.Tensor) -> bool:
+        """Tell whether a tensor has a channel axis with as many channels as the layer has statistics."""
+        mean = self.layer.running_mean
+        return self.readable and mean is not None and x.ndim > CHANNEL_AXIS and x.shape[CHANNEL_AXIS] == len(mean)
+
 
 def observation_points(model: nn.Module) -> Iterator[ObservationPoint]:
     """Yield the observation points of a model, in registration order.

@@ -67,10 +67,11 @@ class BufferWatch:
         due = time.monotonic() >= self._next_content
         if before == self._seen and not due:
             return []
+        if self._became_real():
+            return []
         old = dict(zip(*before, strict=True))
         new = dict(zip(*self._seen, strict=True))
-        changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - self._lazy
-        self._lazy &= {id(b) for _, b in self._named() if is_lazy(b)}
+        changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
         contents = self._contents()
         if self._content is not None:
             behind = {key for key, value in contents.items() if self._content.get(key, value) != value} - changed
@@ -80,6 +81,15 @@ class BufferWatch:
         self._keep(contents)
         self._next_content = time.monotonic() + CONTENT_INTERVAL
         return [name for name, buffer in self._named() if id(buffer) in changed]
+
+    def _became_real(self) -> bool:
+        """Tell whether a lazy buffer got its shape, which also resets its layer's other buffers, and mark if so."""
+        lazy = {id(b) for _, b in self._named() if is_lazy(b)} if self._lazy else set()
+        if lazy == self._lazy:
+            return False
+        self._lazy = lazy
+        self._keep(self._contents())
+        return True
 
     def _keep(self, contents: dict[int, int]) -> None:
         self._content = contents

@@ -120,13 +120,26 @@ def serve(model: str, **options: Any) -> None:
         max_batch_size=settings.max_batch_size,
         max_body_size=settings.max_body_size,
     )
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False)
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        access_log=False,
+        timeout_graceful_shutdown=settings.shutdown_timeout,
+    )
 
 
 @main.command(cls=Command)
 @click.option("--once", is_flag=True, help="End after the traffic, with status 0 if the shift was noticed.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8000, show_default=True, help="Port to listen on; 0 takes a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
 def demo(host: str, port: int, *, once: bool) -> None:
     """Serve the embedded model, send it clean and then shifted traffic, and watch the monitor notice.
 

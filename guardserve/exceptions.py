@@ -10,6 +10,7 @@ Every one of them names what was wrong (the module, the field, the value seen) a
     ├── FusionError                a model cannot be fused, or its fused copy does not answer as it does
     ├── ReferenceProfileError      a reference profile could not be made or read
     │   └── ReferenceMismatchError it belongs to another model
+    ├── ModelOutputError           what the model returned cannot be served
     ├── InputError                 an inference request's tensors do not fit the model (also a ValueError)
     └── GuardError                 a safeguard stopped an inference
         ├── NonFiniteOutputError   an output holds NaN or infinity
@@ -68,6 +69,10 @@ class ReferenceProfileError(GuardserveError):
 
 class ReferenceMismatchError(ReferenceProfileError):
     """A reference profile belongs to another model, or to the same one before its statistics changed."""
+
+
+class ModelOutputError(GuardserveError):
+    """What the model returned cannot be served: no tensors, of no servable type, or not one row for each sample."""
 
 
 class InputError(GuardserveError, ValueError):

@@ -17,8 +17,12 @@ from guardserve.guard import EvalGuard, HazardPolicy
 from guardserve.loading import LoadedModel
 from guardserve.monitor import Monitor
 from guardserve.nonfinite import find_nonfinite
+from guardserve.outputs import named_outputs, output_specs
 from guardserve.signature import Signature, TensorSpec
 from guardserve.tracing import trace_nonfinite
+
+PROBE_SIZE = 32
+"""What the start-up probe puts for a free input size other than the batch."""
 
 TRACE_INTERVAL = 10.0
 """Seconds between two searches for the origin of non-finite outputs: each costs a forward."""
@@ -86,12 +90,12 @@ class Runtime:
         """Hold the model in eval mode and pass a forward at batch size 1 through it.
 
         Raises:
-            ProbeError: If the forward raises, or its outputs are non-finite or not tensors with the batch first.
+            ProbeError: If the forward raises, or its outputs are non-finite or cannot be served.
         """
-        if not self._held:
-            self.guard.acquire()
-            self._held = True
         try:
+            if not self._held:
+                self.guard.acquire()
+                self._held = True
             self.signature = Signature(self.signature.inputs, self._probe())
         except Exception as error:
             self.failure = f"the start-up probe failed: {error}"
@@ -107,10 +111,12 @@ class Runtime:
         """Let go of the model: remove every hook and give every module its own flag back."""
         self.failure = "the model has been closed"
         self.monitor.close()
-        if self._held:
-            self.guard.release()
-            self._held = False
-        self.guard.close()
+        try:
+            if self._held:
+                self._held = False
+                self.guard.release()
+        finally:
+            self.guard.close()
 
     def infer(
         self, inputs: Mapping[str, torch.Tensor], forward_time: Callable[[float], object] = lambda _: None
@@ -127,6 +133,8 @@ class Runtime:
         Raises:
             InputError: If an input holds NaN or infinity.
             NonFiniteOutputError: If an output does.
+            ModelOutputError: If an output cannot be served, as when it has not one row for each sample.
+            TrainingModeError: If the forward moved running statistics; see :class:`guardserve.EvalGuard`.
         """
         for name, tensor in inputs.items():
             for bad in find_nonfinite(tensor, f"input {name!r}"):
@@ -143,7 +151,7 @@ class Runtime:
 
     def _forward(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         tensors = [inputs[spec.name].to(self.device) for spec in self.signature.inputs]
-        outputs = named_outputs(self.guard.run(*tensors))
+        outputs = named_outputs(self.guard.run(*tensors), len(tensors[0]))
         errors: list[NonFiniteOutputError] = []
         for name, tensor in outputs.items():
             try:
@@ -160,27 +168,12 @@ class Runtime:
             self.nonfinite[origin, name] += rows
 
     def _probe(self) -> tuple[TensorSpec, ...]:
-        """Run the model at batch size 1, and at 2 if it takes any, to see which output sizes follow the batch."""
-        sizes = [self.static_batch] if self.static_batch is not None else [1, 2]
-        shapes: list[dict[str, torch.Tensor]] = []
-        for size in sizes:
-            outputs = self._forward({spec.name: spec.example(size) for spec in self.signature.inputs})
-            for name, tensor in outputs.items():
-                if tensor.ndim == 0 or tensor.shape[0] != size:
-                    raise ValueError(
-                        f"{name} has shape {tuple(tensor.shape)} for a batch of {size}: "
-                        "each output must have the batch as its first dimension"
-                    )
-            shapes.append(outputs)
-        first, last = shapes[0], shapes[-1]
-        return tuple(
-            TensorSpec(
-                name,
-                tensor.dtype,
-                tuple(a if a == b else -1 for a, b in zip(tensor.shape, last[name].shape, strict=True)),
-            )
-            for name, tensor in first.items()
+        """Run the model at batch size 1, then with every free size doubled to see which output sizes follow."""
+        small, large = (
+            self._forward({spec.name: spec.example(batch, size) for spec in self.signature.inputs})
+            for batch, size in ((1, PROBE_SIZE), (2, 2 * PROBE_SIZE))
         )
+        return output_specs(small, large)
 
 
 def fuse_loaded(loaded: LoadedModel) -> LoadedModel:
@@ -199,30 +192,3 @@ def fuse_loaded(loaded: LoadedModel) -> LoadedModel:
     for layer, channels in report.unobservable_channels.items():
         _log.warning("fused layer %s: %d channels are not monitored, as their weight is about 0", layer, channels)
     return replace(loaded, module=module)
-
-
-def named_outputs(output: object) -> dict[str, torch.Tensor]:
-    """Name the tensors that a model returns.
-
-    A tensor is ``output``, the items of a tuple or list are ``output_0`` and so on, those of a named tuple
-    or a mapping have their own names.
-
-    Raises:
-        TypeError: If it is anything else, or an item is not a tensor.
-    """
-    if isinstance(output, torch.Tensor):
-        return {"output": output}
-    if isinstance(output, Mapping):
-        items = {str(key): item for key, item in output.items()}
-    elif isinstance(output, (tuple, list)):
-        names = getattr(output, "_fields", [f"output_{index}" for index in range(len(output))])
-        items = dict(zip(names, output, strict=True))
-    else:
-        items = {"output": output}
-    for name, item in items.items():
-        if not isinstance(item, torch.Tensor):
-            raise TypeError(
-                f"{name} of the model's result is a {type(item).__name__}: "
-                "wrap the model so that it returns tensors, or a tuple or dict of tensors"
-            )
-    return items

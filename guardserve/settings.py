@@ -1,7 +1,7 @@
 """The service's settings: the only reader of the environment.
 
-Each field is a command-line option (``--max-batch-size``), an environment variable
-(``GUARDSERVE_MAX_BATCH_SIZE``) and a row of the documented table; an option beats the variable.
+Each field is a command-line option (``--max-batch-size``) and an environment variable
+(``GUARDSERVE_MAX_BATCH_SIZE``); an option beats the variable, and an empty variable counts as none.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from guardserve.exceptions import SettingsError
@@ -22,7 +22,7 @@ MIB = 2**20
 class ServeSettings(BaseSettings):
     """What ``guardserve serve`` can be told."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -57,6 +57,11 @@ class ServeSettings(BaseSettings):
     shift_threshold: float = Field(
         0.5, gt=0, description="Shift score, in running standard deviations, from which on the input counts as shifted."
     )
+    shutdown_timeout: int = Field(
+        30,
+        ge=1,
+        description="Seconds to finish accepted requests in after SIGTERM; what is not done by then is dropped.",
+    )
     threads: int | None = Field(None, ge=1, description="Threads of one forward on the CPU; by default torch's choice.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log to write.")
 
@@ -65,6 +70,15 @@ class ServeSettings(BaseSettings):
     def _split(cls, value: object) -> object:
         """In the environment several values are separated by spaces."""
         return tuple(value.split()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _window_holds_what_it_is_judged_on(self) -> ServeSettings:
+        if self.shift_min_samples > self.shift_window:
+            raise ValueError(
+                f"--shift-min-samples {self.shift_min_samples} is more than --shift-window {self.shift_window} can "
+                "hold: lower the one or raise the other"
+            )
+        return self
 
 
 def load_settings(**given: Any) -> ServeSettings:
@@ -78,7 +92,10 @@ def load_settings(**given: Any) -> ServeSettings:
     except ValidationError as error:
         faults = []
         for fault in error.errors(include_url=False):
-            field = str(fault["loc"][0]) if fault["loc"] else "settings"
+            if not fault["loc"]:
+                faults.append(str(fault["ctx"]["error"]))
+                continue
+            field = str(fault["loc"][0])
             option = "--" + field.replace("_", "-")
             faults.append(f"{option} (or {ENV_PREFIX}{field.upper()}) is {fault['input']!r}: {fault['msg']}")
         raise SettingsError("; ".join(faults)) from None

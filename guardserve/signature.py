@@ -42,12 +42,12 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def example(self, batch_size: int = 1) -> torch.Tensor:
+    def example(self, batch_size: int = 1, free_size: int = 1) -> torch.Tensor:
         """Make a deterministic tensor that fits this spec: normal noise for floats, zeros otherwise.
 
-        A free batch dimension becomes ``batch_size``; any other free dimension becomes 1.
+        A free batch dimension becomes ``batch_size``; any other free dimension becomes ``free_size``.
         """
-        sizes = [1 if size == -1 else size for size in self.shape]
+        sizes = [free_size if size == -1 else size for size in self.shape]
         if self.shape and self.shape[0] == -1:
             sizes[0] = batch_size
         if not self.dtype.is_floating_point:

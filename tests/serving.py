@@ -41,7 +41,7 @@ def serving(module: nn.Module, *inputs: TensorSpec, max_body_size: int = 2**20) 
     """Serve a module in a thread; give a client once its start-up probe has ended, passed or not."""
     runtime = Runtime(loaded(module, *inputs))
     app = create_app(runtime, max_batch_size=8, max_body_size=max_body_size)
-    with serve_in_background(app) as url, httpx.Client(base_url=url) as client:
+    with serve_in_background(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
         wait_until(lambda: runtime.failure is None or "failed" in runtime.failure)
         yield client
 
@@ -66,7 +66,7 @@ def command(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path | N
 def is_ready(url: str) -> bool:
     """Tell whether a server answers that it is ready."""
     try:
-        return httpx.get(f"{url}/v2/health/ready").status_code == httpx.codes.OK
+        return httpx.get(f"{url}/v2/health/ready", trust_env=False).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
 

@@ -49,6 +49,12 @@ def test_help_shows_every_setting_with_its_option_variable_and_default() -> None
         ([], {"GUARDSERVE_SHIFT_THRESHOLD": "-1"}, "GUARDSERVE_SHIFT_THRESHOLD) is '-1'"),
         (["--device", "cuda:99"], {}, "cuda:99"),
         (["--input-shape", "image=a,b"], {}, "image=a,b"),
+        (["--shift-window", "32"], {}, "--shift-min-samples 64 is more than --shift-window 32"),
+        (
+            ["--device", "cuda:99"],
+            {"GUARDSERVE_WEIGHTS": "", "GUARDSERVE_NAME": "", "GUARDSERVE_THREADS": ""},
+            "cuda:99",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_it(arguments: list[str], env: dict[str, str], says: str) -> None:

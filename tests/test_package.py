@@ -18,7 +18,7 @@ ROOT = Path(guardserve.__file__).parent
 LEVELS = (
     {"exceptions"},
     {"signature", "batchnorm", "graphs", "stats", "nonfinite"},
-    {"modes", "buffers", "decoration", "gradients"},
+    {"modes", "buffers", "decoration", "gradients", "outputs"},
     {"tracing"},
     {"fusion", "guard", "loading", "settings", "monitor"},
     {"audit"},

@@ -81,7 +81,7 @@ def run_demo(host: str, port: int, *, once: bool, console: Console) -> bool:
     live = load_digits().live
     runtime = Runtime(load_model("demo"), shift_window=WINDOW, shift_min_samples=WINDOW, shift_threshold=THRESHOLD)
     app = create_app(runtime)
-    with serve_in_background(app, host, port) as address, httpx.Client(base_url=address) as client:
+    with serve_in_background(app, host, port) as address, httpx.Client(base_url=address, trust_env=False) as client:
         _await_ready(client)
         console.print(f"[bold]guardserve[/bold] serves [bold]{runtime.name}[/bold], a CNN for handwritten digits,")
         console.print("which its factory left in training mode; the guard runs it in eval mode.")

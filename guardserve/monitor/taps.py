@@ -112,11 +112,16 @@ class Taps:
             self._handles.append(model.register_forward_hook(Hook(self._end), always_call=True))
 
     def _tap(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        point = self.points[index]
+
         def read(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             del layer
             if is_tracing():
                 return
             x = args[0] if args else next(iter(kwargs.values()))
+            if not point.takes(x):
+                self.unobserved.setdefault(point.name, "its input has not the shape that its statistics are for")
+                return
             if not len(x):
                 return
             record: Record | None = getattr(self._open, "record", None)

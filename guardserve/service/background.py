@@ -41,7 +41,8 @@ def serve_in_background(app: FastAPI, host: str = "127.0.0.1", port: int = 0) ->
                     f"the server did not start on {host}:{port}: is the port taken? Port 0 takes a free one"
                 )
             time.sleep(0.01)
-        yield f"http://{host}:{server.servers[0].sockets[0].getsockname()[1]}"
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     finally:
         server.should_exit = True
         thread.join()

@@ -69,8 +69,11 @@ class ProtocolEndpoints:
         answers |= {code: {"model": ErrorBody} for code in (400, 404, 413, 415, 500, 503)}
         unready: dict[int | str, dict[str, Any]] = {503: {"model": ErrorBody}}
         router.get("/v2")(self.server)
-        router.get("/v2/health/live", response_class=Response)(self.live)
-        router.get("/v2/health/ready", response_class=Response, responses=unready)(self.ready)
+        # some load balancers ask for health by HEAD
+        for methods, listed in ((["GET"], True), (["HEAD"], False)):
+            options: dict[str, Any] = {"methods": methods, "include_in_schema": listed, "response_class": Response}
+            router.add_api_route("/v2/health/live", self.live, **options)
+            router.add_api_route("/v2/health/ready", self.ready, responses=unready, **options)
         for prefix, kind in (("/v2/models/{model}", "model"), ("/v2/models/{model}/versions/{version}", "version")):
             unknown: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody}}
             router.get(prefix, operation_id=f"{kind}_metadata", responses=unknown)(self.metadata)
@@ -156,12 +159,24 @@ def _infer_body() -> dict[str, Any]:
     """Describe both forms of an inference request for the OpenAPI document."""
     binary = {"type": "string", "format": "binary", "description": BINARY_BODY}
     json_schema = InferenceRequest.model_json_schema()
+    json_schema = _inlined(json_schema, json_schema.pop("$defs"))
     return {
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": json_schema}, "application/octet-stream": {"schema": binary}},
         }
     }
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """Put definitions in the place of references to them, which would point nowhere in the whole document."""
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(item, definitions) for key, item in schema.items()}
 
 
 async def _read(request: Request, limit: int) -> bytes | None:

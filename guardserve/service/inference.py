@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputError
+from guardserve.exceptions import GuardserveError, InputError, ModelOutputError, NonFiniteOutputError, TrainingModeError
 from guardserve.metrics import Metrics
 from guardserve.runtime import Runtime
 from guardserve.service.protocol import ProtocolError, decompress, parse_request, render_response
@@ -53,7 +52,8 @@ class Inference:
         self._runtime = runtime
         self._metrics = metrics
         self._model_version = model_version
-        self._max_batch_size = max_batch_size
+        # a model that takes one batch size only takes that, whatever the limit
+        self._max_batch_size = max(max_batch_size, runtime.static_batch or 1)
         self._max_body_size = max_body_size
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardserve-forward")
 
@@ -61,8 +61,8 @@ class Inference:
         """Probe the model; a failure is logged, and readiness says no."""
         try:
             await asyncio.get_running_loop().run_in_executor(self._worker, self._runtime.start)
-        except GuardserveError:
-            _log.exception("%s is not ready", self._runtime.name)
+        except GuardserveError as error:
+            _log.error("%s is not ready: %s", self._runtime.name, error, exc_info=error.__cause__)
         else:
             _log.info("%s is ready", self._runtime.name)
 
@@ -85,7 +85,9 @@ class Inference:
             return Answer(400, reason="invalid_input", error=str(error))
         except NonFiniteOutputError as error:
             return Answer(500, reason="nonfinite_output", error=f"the model gave a non-finite output: {error}")
-        except Exception as error:  # noqa: BLE001 - a model may raise anything, and the server lives on
+        except (ModelOutputError, TrainingModeError) as error:
+            return Answer(500, reason="model_error", error=str(error))
+        except BaseException as error:  # noqa: BLE001 - a model may raise anything, and the server lives on
             # its message may hold what a client should not see: paths, weights, other clients' data
             _log.exception("the forward of %s failed", self._runtime.name)
             text = f"the model raised {type(error).__name__} on this input; the server's log has the details"
@@ -101,11 +103,7 @@ class Inference:
             max_batch_size=self._max_batch_size,
         )
         rows = len(next(iter(request.inputs.values())))
-        started = time.perf_counter()
-        try:
-            outputs = runtime.infer(request.inputs)
-        finally:
-            self._metrics.forward_ended(rows, time.perf_counter() - started)
+        outputs = runtime.infer(request.inputs, lambda seconds: self._metrics.forward_ended(rows, seconds))
         rendered, answer_headers = render_response(
             outputs, request, model_name=runtime.name, model_version=self._model_version
         )

@@ -358,6 +358,21 @@ def test_a_layer_that_loses_its_statistics_fails_no_forward() -> None:
         assert [layer.name for layer in monitor.snapshot().layers] == ["4"]
 
 
+def test_a_subclass_that_turns_its_input_round_is_left_out_and_named() -> None:
+    """An input with another number of channels cannot be compared, and stops neither answers nor snapshots."""
+
+    class ChannelsLast(nn.BatchNorm1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    model = nn.Sequential(ChannelsLast(8)).eval()
+    with Monitor(model) as monitor, torch.no_grad():
+        for _ in range(40):
+            assert model(torch.randn(2, 6, 8)).shape == (2, 6, 8)
+        assert monitor.snapshot().layers == ()
+        assert "0" in monitor.unobserved
+
+
 def test_copies_of_a_monitored_model_are_ordinary_and_a_forgotten_monitor_lets_go() -> None:
     """A copy or pickle carries no monitor, and a monitor that is garbage leaves no hook."""
     model = trained()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
+import re
+import resource
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -81,8 +87,9 @@ def test_metadata_health_and_version_are_the_protocols() -> None:
             }
             assert client.get(f"{path}/ready").status_code == 200
             assert client.post(f"{path}/infer", json=GOOD).status_code == 200
-        assert client.get("/v2/health/live").status_code == 200
-        assert client.get("/v2/health/ready").status_code == 200
+        for path in ("/v2/health/live", "/v2/health/ready"):
+            assert client.get(path).status_code == 200
+            assert client.head(path).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -180,6 +187,105 @@ def test_a_model_that_fails_at_batch_one_never_becomes_ready() -> None:
         assert metric(client, 'guardserve_model_ready{model="net"}') == 0
 
 
+class Odd(nn.Module):
+    """Returns whatever a function makes of its input."""
+
+    def __init__(self, function: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Call the function."""
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (lambda x: x.to(torch.complex64), "complex64"),
+        (lambda x: x.to_sparse(), "sparse"),
+        (lambda x: {}, "no output"),  # noqa: ARG005 - it takes an input all the same
+        (lambda x: {1: x, "1": x}, "same name"),
+        (lambda x: [x, [x]], "output_1 of the model's result is a list"),
+        (lambda x: x.sum(), "()"),
+        (lambda x: x[:1], "(1, 3) for a batch of 2"),
+    ],
+    ids=["complex", "sparse", "nothing", "same-name", "nested", "scalar", "one-row"],
+)
+def test_a_model_whose_outputs_cannot_be_served_never_becomes_ready(
+    function: Callable[[torch.Tensor], Any], says: str
+) -> None:
+    """The probe looks at what the model returns, and readiness says what is wrong with it."""
+    with serving(Odd(function)) as client:
+        assert says in error(client.get("/v2/health/ready"), 503)
+        assert client.get("/v2/models/net").status_code == 200
+
+
+def test_an_output_without_a_row_for_each_sample_is_an_error() -> None:
+    """What the probe could not see is checked in every answer."""
+    with serving(Odd(lambda x: x[:2])) as client:
+        assert client.post(INFER, json=GOOD).status_code == 200
+        message = error(client.post(INFER, json=body(*[[1.0, 2.0, 3.0]] * 3)), 500)
+        assert "(2, 3) for a batch of 3" in message
+
+
+def test_a_model_that_tries_to_end_the_process_is_an_error_like_any_other() -> None:
+    """SystemExit ends neither the server nor the protocol."""
+
+    def leave(x: torch.Tensor) -> torch.Tensor:
+        if x[0, 0] == 7:
+            sys.exit(1)
+        return x
+
+    with serving(Odd(leave)) as client:
+        assert "SystemExit" in error(client.post(INFER, json=body([7.0, 0.0, 0.0])), 500)
+        assert client.post(INFER, json=GOOD).status_code == 200
+
+
+def test_free_sizes_are_probed_large_enough_and_show_in_the_outputs() -> None:
+    """A convolution over images of any size is probed with one that it can take."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with serving(model, TensorSpec("x", torch.float32, (-1, 3, -1, -1))) as client:
+        assert client.get("/v2/health/ready").status_code == 200
+        assert client.get("/v2/models/net").json()["outputs"][0]["shape"] == [-1, 4, -1, -1]
+
+
+def test_a_refused_input_is_no_forward() -> None:
+    """Only what reached the model counts as a forward."""
+    with serving(net()) as client:
+        nan = b'{"inputs":[{"name":"x","shape":[1,3],"datatype":"FP32","data":[1,NaN,3]}]}'
+        error(client.post(INFER, content=nan), 400)
+        assert metric(client, 'guardserve_forward_duration_seconds_count{model="net"}') == 0
+        assert metric(client, 'guardserve_nonfinite_samples_total{model="net",name="x",origin="input"}') == 1
+        client.post(INFER, json=GOOD)
+        assert metric(client, 'guardserve_forward_duration_seconds_count{model="net"}') == 1
+
+
+def test_a_body_of_nothing_but_nan_costs_no_more_than_another() -> None:
+    """A small compressed request of bad values must not grow into much memory when it is described."""
+    spec = TensorSpec("x", torch.float32, (-1, 1_000_000))
+    rows = torch.full((8, 1_000_000), float("nan")).numpy().tobytes()
+    head = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "x",
+                    "shape": [8, 1_000_000],
+                    "datatype": "FP32",
+                    "parameters": {"binary_data_size": len(rows)},
+                }
+            ]
+        }
+    ).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Encoding": "gzip"}
+    with serving(Odd(lambda x: x[:, :3]), spec, max_body_size=2**26) as client:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        message = error(client.post(INFER, content=gzip.compress(head + rows, 1), headers=headers, timeout=60), 400)
+        assert "8000000 non-finite values of 8000000" in message
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown * 1024 < 9 * len(rows)
+
+
 class TwoInTwoOut(nn.Module):
     """Two inputs of different types and a dict of two outputs."""
 
@@ -210,6 +316,11 @@ def test_openapi_describes_every_endpoint_and_the_docs_page_is_there() -> None:
         content = document["paths"]["/v2/models/{model}/infer"]["post"]["requestBody"]["content"]
         assert set(content) == {"application/json", "application/octet-stream"}
         assert "/metrics" in document["paths"]
+        references = re.findall(r'"\$ref": ?"#/([^"]+)"', json.dumps(document))
+        for reference in references:
+            place = document
+            for key in reference.split("/"):
+                place = place[key]
         assert client.get("/docs").status_code == 200
 
 
