@@ -39,6 +39,13 @@ def load_weights(module: nn.Module, path: Path, *, allow_pickle: bool) -> None:
     if _all_prefixed(state) and not _all_prefixed(expected):
         consume_prefix_in_state_dict_if_present(state, _PARALLEL_PREFIX)
         _log.info("%s: took the prefix %r off all %d keys", path, _PARALLEL_PREFIX, len(state))
+    for key in state.keys() & expected.keys():
+        given, wanted = state[key].dtype, expected[key].dtype
+        if not torch.can_cast(given, wanted):
+            raise ModelLoadError(
+                f"the weights in {path} do not fit {type(module).__name__}: "
+                f"{key} is {given}, and {wanted} cannot hold it"
+            )
     try:
         module.load_state_dict(state)
     except Exception as error:

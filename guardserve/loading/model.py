@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from guardserve.exceptions import ModelLoadError
 from guardserve.loading.checkpoints import load_pickled_module, load_weights
@@ -134,6 +135,10 @@ def _from_file(
 
 
 def _on_device(module: nn.Module, device: torch.device) -> nn.Module:
+    if any(is_lazy(tensor) for tensor in itertools.chain(module.parameters(), module.buffers())):
+        raise ModelLoadError(
+            "the model has lazy layers that have no shape yet: run one forward in its factory, or give --weights"
+        )
     if any(tensor.is_inference() for tensor in itertools.chain(module.parameters(), module.buffers())):
         raise ModelLoadError(
             "the model was built under torch.inference_mode(), so that its state can never be updated or restored: "

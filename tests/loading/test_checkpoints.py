@@ -117,6 +117,20 @@ def test_weights_that_do_not_fit_are_listed(tiny: nn.Module, tiny_reference: str
     assert message.endswith("1 of another shape: head.weight ([5, 4] in the file, [2, 4] in the model)")
 
 
+def test_weights_of_a_type_that_would_be_cut_are_refused(tiny: nn.Module, tiny_reference: str, weights: Path) -> None:
+    """Complex values do not become real ones by losing their imaginary part."""
+    torch.save({key: value.to(torch.complex64) for key, value in tiny.state_dict().items()}, weights)
+    with pytest.raises(ModelLoadError, match=r"is torch\.complex64, and torch\.\w+ cannot hold it"):
+        load_model(tiny_reference, weights=weights, device="cpu")
+
+
+def test_a_lazy_model_without_weights_is_refused(project: Callable[[str], str]) -> None:
+    """Its layers have no shape, so nothing could be served; the error says how to give them one."""
+    name = project("from torch import nn\ndef net(): return nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d())")
+    with pytest.raises(ModelLoadError, match="run one forward in its factory"):
+        load_model(f"{name}:net", device="cpu", input_shapes=["3"])
+
+
 def test_weights_fill_a_lazy_layer(project: Callable[[str], str], weights: Path) -> None:
     """A layer without a shape takes the one of its weights, and one with other keys is refused as any other."""
     name = project("from torch import nn\ndef net(): return nn.LazyBatchNorm1d()")
