@@ -11,12 +11,14 @@ from guardserve.exceptions import (
     ModelLoadError,
     NonFiniteOutputError,
     PickleRefusedError,
+    ReferenceMismatchError,
+    ReferenceProfileError,
     SettingsError,
     TrainingModeError,
 )
 from guardserve.guard import EvalGuard, GuardWarning, NonFiniteOutputWarning
 from guardserve.loading import example_input, load_model
-from guardserve.monitor import Monitor
+from guardserve.monitor import Monitor, ReferenceProfile, ReferenceWarning
 from guardserve.stats import Moments
 from guardserve.tracing import trace_nonfinite
 
@@ -34,6 +36,10 @@ __all__ = [
     "NonFiniteOutputError",
     "NonFiniteOutputWarning",
     "PickleRefusedError",
+    "ReferenceMismatchError",
+    "ReferenceProfile",
+    "ReferenceProfileError",
+    "ReferenceWarning",
     "SettingsError",
     "TrainingModeError",
     "__version__",

@@ -1,6 +1,23 @@
-"""Live activation statistics of every BatchNorm layer, compared with its running statistics."""
+"""Live activation statistics of every BatchNorm layer, compared with its running statistics or with a reference."""
 
+from guardserve.monitor.calibration import RunLength
+from guardserve.monitor.detector import Detection
+from guardserve.monitor.diagnosis import MovedChannel
 from guardserve.monitor.effect_size import ChannelShift, EffectSize, LayerShift
-from guardserve.monitor.monitor import Monitor, Snapshot, Verdict
+from guardserve.monitor.monitor import Monitor
+from guardserve.monitor.reference import ReferenceProfile, ReferenceWarning
+from guardserve.monitor.verdict import Snapshot, Verdict
 
-__all__ = ["ChannelShift", "EffectSize", "LayerShift", "Monitor", "Snapshot", "Verdict"]
+__all__ = [
+    "ChannelShift",
+    "Detection",
+    "EffectSize",
+    "LayerShift",
+    "Monitor",
+    "MovedChannel",
+    "ReferenceProfile",
+    "ReferenceWarning",
+    "RunLength",
+    "Snapshot",
+    "Verdict",
+]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import weakref
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
-from guardserve.monitor.effect_size import ChannelShift, LayerMoments, LayerShift, layer_shift
+from guardserve.exceptions import ReferenceProfileError
+from guardserve.monitor.detector import Detector, State
+from guardserve.monitor.effect_size import LayerMoments, layer_shift
+from guardserve.monitor.features import FeatureReader
+from guardserve.monitor.reference import ReferenceProfile
 from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.verdict import Snapshot, Verdict
 
 _log = logging.getLogger(__name__)
 
@@ -54,65 +57,14 @@ class Seen:
             self.layers[index] = moments if mine is None else mine.merge(moments)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What a monitor has seen, layer by layer.
-
-    Attributes:
-        samples: Number of samples.
-        layers: The layers that have seen any, in registration order.
-        unobserved: BatchNorm layers that cannot be watched, each with the reason.
-        unobservable_channels: Layers with channels that are left out, because fusion has scaled away what enters
-            them, with the number of these channels.
-    """
-
-    samples: int
-    layers: tuple[LayerShift, ...]
-    unobserved: dict[str, str]
-    unobservable_channels: dict[str, int]
-
-    @property
-    def worst_layer(self) -> LayerShift | None:
-        """The layer with the largest Wasserstein-2 distance; None when no layer has a finite one."""
-        known = [layer for layer in self.layers if math.isfinite(layer.wasserstein2)]
-        return max(known, key=lambda layer: layer.wasserstein2, default=None)
-
-    def worst_channels(self, limit: int = 5) -> list[tuple[str, ChannelShift]]:
-        """Return the worst channels of all layers, worst first, each with its layer's name."""
-        channels = [(layer.name, channel) for layer in self.layers for channel in layer.worst_channels]
-        return sorted(channels, key=lambda item: item[1].wasserstein2, reverse=True)[:limit]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the monitor makes of the recent window.
-
-    Attributes:
-        state: ``"warming"`` until the window holds enough samples, then ``"ok"`` or ``"shifted"``, or ``"blind"``
-            if no layer can be judged: none has finite running statistics, or only non-finite values came.
-        samples: Samples seen so far.
-        score: Largest layer Wasserstein-2 distance in the window, in running standard deviations; None while
-            warming.
-        threshold: The score from which on the state is ``"shifted"``.
-        layer: The layer with that distance; None while warming.
-        window: What the window shows.
-    """
-
-    state: Literal["warming", "blind", "ok", "shifted"]
-    samples: int
-    score: float | None
-    threshold: float
-    layer: str | None
-    window: Snapshot
-
-
 class Monitor:
     """Watches what enters every BatchNorm layer of a model.
 
     For each sample and channel it reads ``z = (x - running_mean) / sqrt(running_var + eps)`` over the
     positions, and accumulates moments over samples: positions of one sample are too much alike to count as
     independent. A shift then shows as an effect size against the running statistics alone, which needs no
-    reference data but has no null distribution either: the threshold is a rule of thumb.
+    reference data but has no null distribution either: the threshold is a rule of thumb. With a reference profile
+    a detector judges each sample, in the order in which forwards end, at a known rate of false alarms.
 
     It works on any number of threads and removes itself wholly::
 
@@ -130,6 +82,12 @@ class Monitor:
         min_samples: Samples that the window must hold before it is judged.
         threshold: Score from which on the state is ``"shifted"``, in running standard deviations.
         worst_channels: How many channels a snapshot names in each layer.
+        reference: What clean data look like to this model. Forwards that do not pass each of its layers, with one
+            row a sample, are not judged.
+        target_arl: With a reference, samples between false alarms, on average.
+
+    Raises:
+        ReferenceMismatchError: If the reference profile belongs to another model.
     """
 
     def __init__(
@@ -140,6 +98,8 @@ class Monitor:
         min_samples: int = 64,
         threshold: float = 0.5,
         worst_channels: int = 5,
+        reference: ReferenceProfile | None = None,
+        target_arl: float = 10_000,
     ) -> None:
         if not 1 <= min_samples <= window:
             raise ValueError(f"min_samples={min_samples}, window={window}: use 1 <= min_samples <= window")
@@ -151,6 +111,8 @@ class Monitor:
         self._worst_channels = worst_channels
         self._lock = threading.Lock()
         self._pending: deque[Record] = deque()
+        self._detector: Detector | None = None
+        self._reader: FeatureReader | None = None
         self.reset()
         take = weakref.WeakMethod(self._take)  # or the model's hooks would keep a forgotten monitor alive
 
@@ -159,8 +121,15 @@ class Monitor:
             if method is not None:
                 method(record)
 
-        self._taps = Taps(model, emit)
+        with self._lock:  # other threads may be in a forward already, and must wait for the taps to be there
+            self._taps = Taps(model, emit)
         self._finalizer = weakref.finalize(self, self._taps.close)
+        if reference is not None:
+            try:
+                self._refer_to(reference, target_arl)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -188,30 +157,78 @@ class Monitor:
             self._pending.clear()
             self._total = Seen()
             self._windows: deque[Seen] = deque([Seen()])
+            if self._detector is not None:
+                self._detector.reset()
 
     def snapshot(self, *, recent: bool = False) -> Snapshot:
         """Summarise all that was seen since the start or the last reset, or the recent window."""
         with self._lock:
             self._accumulate()
-            seen = Seen()
-            for part in self._windows if recent else [self._total]:
-                seen.merge(part)
+            seen = self._recent() if recent else Seen()
+            if not recent:
+                seen.merge(self._total)
+        return self._summarise(seen)
+
+    def _summarise(self, seen: Seen) -> Snapshot:
         points = self._taps.points
         layers = tuple(layer_shift(points[i], seen.layers[i], self._worst_channels) for i in sorted(seen.layers))
         unobservable = {point.name: point.unobservable_channels for point in points}
         return Snapshot(seen.samples, layers, self.unobserved, {name: n for name, n in unobservable.items() if n})
 
     def verdict(self) -> Verdict:
-        """Judge the recent window."""
-        window = self.snapshot(recent=True)
-        worst = window.worst_layer
-        seen = self._total.samples
-        if window.samples < self._min_samples:
-            return Verdict("warming", seen, None, self.threshold, None, window)
+        """Judge what is pending and say what the monitor makes of what it has seen."""
+        with self._lock:
+            self._accumulate()
+            seen, recent = self._total.samples, self._recent()
+            detection = None if self._detector is None else self._detector.detection()
+        window = self._summarise(recent)
+        enough = window.samples >= self._min_samples
+        worst = window.worst_layer if enough else None
+        score = None if worst is None else worst.wasserstein2
+        if detection is not None:
+            return Verdict(
+                detection.state,
+                seen,
+                score,
+                self.threshold,
+                detection.layer,
+                window,
+                evidence=detection.evidence,
+                evidence_threshold=detection.threshold,
+                alarms=detection.alarms,
+                alarm_at=detection.alarm_at,
+                channels=detection.channels,
+                reading=detection.reading,
+            )
         if worst is None:
-            return Verdict("blind", seen, None, self.threshold, None, window)
-        state: Literal["ok", "shifted"] = "shifted" if worst.wasserstein2 >= self.threshold else "ok"
-        return Verdict(state, seen, worst.wasserstein2, self.threshold, worst.name, window)
+            return Verdict("blind" if enough else "warming", seen, None, self.threshold, None, window)
+        state: State = "shifted" if worst.wasserstein2 >= self.threshold else "ok"
+        return Verdict(state, seen, score, self.threshold, worst.name, window)
+
+    def scores(self) -> list[float]:
+        """Drain the p-values of the samples judged since the last call, in order.
+
+        Each is the share of clean samples at least as odd: small for a sample unlike the reference, uniform on
+        clean data, NaN for a sample with NaN or infinity in a layer. The last 10,000 are kept; older ones are
+        dropped when nobody drains them.
+
+        Raises:
+            ReferenceProfileError: If the monitor has no reference profile.
+        """
+        if self._detector is None:
+            raise ReferenceProfileError("scores need a reference profile: use Monitor(model, reference=profile)")
+        with self._lock:
+            self._accumulate()
+            return self._detector.drain()
+
+    def _refer_to(self, reference: ReferenceProfile, target_arl: float) -> None:
+        reference.check(self._taps.points)
+        index = {point.name: i for i, point in enumerate(self._taps.points)}
+        order = [index[name] for name in reference.layers]
+        reader = FeatureReader([self._taps.points[i] for i in order], order)
+        detector = Detector(reference, target_arl)
+        reference.warn_if_too_small(target_arl)
+        self._reader, self._detector = reader, detector
 
     def _take(self, record: Record) -> None:
         """Receive a record from the taps, in any thread."""
@@ -251,12 +268,27 @@ class Monitor:
             point = self._taps.points[index]
             if point.readable:
                 new.layers[index] = LayerMoments.of(point, *(torch.cat(parts) for parts in zip(*pairs, strict=True)))
+        self._judge(batch)
         self._total.merge(new)
         if self._windows[-1].samples >= self._window // SUBWINDOWS:
             self._windows.append(Seen())
         self._windows[-1].merge(new)
         while sum(part.samples for part in self._windows) - self._windows[0].samples >= self._window:
             self._windows.popleft()
+
+    def _recent(self) -> Seen:
+        """Merge the window; the lock is held."""
+        seen = Seen()
+        for part in self._windows:
+            seen.merge(part)
+        return seen
+
+    def _judge(self, batch: list[Record]) -> None:
+        """Show the detector what it can judge; the lock is held."""
+        if self._detector is not None and self._reader is not None:
+            complete = [record for record in batch if self._reader.complete(record)]
+            if complete:
+                self._detector.judge(self._reader.read(complete))
 
 
 def _rows(record: Record) -> int:
