@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from guardserve.exceptions import FusionError
+from guardserve.fusion.dataflow import one_line
 from guardserve.modes import EvalHold
 from guardserve.nonfinite import named_tensors
 
@@ -58,12 +60,17 @@ def eval_copy(model: M) -> M:
     Raises:
         FusionError: If it cannot be copied.
     """
+    attributes = chain.from_iterable(vars(module).values() for module in model.modules())
+    # what hooks compute from parameters, such as pruned weights, refuses to be copied with its history
+    computed = [value for value in attributes if isinstance(value, torch.Tensor) and not value.is_leaf]
     try:
-        duplicate = copy.deepcopy(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's graphs warn of its own ways to copy them
+            duplicate = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     except Exception as error:
         raise FusionError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): close its monitors, and "
-            "remove weight normalisation and whatever else keeps copy.deepcopy() from it"
+            f"copy.deepcopy() fails on {type(model).__name__} ({one_line(error)}), and fusion works on a copy: "
+            "close monitors, give lazy modules a first input, and take off the model what cannot be copied"
         ) from error
     for module in duplicate.modules():
         module.training = False
@@ -87,10 +94,21 @@ def run(
             torch.manual_seed(0)
             output = model(*args, **kwargs)
     except Exception as error:
-        raise FusionError(f"{type(model).__name__} fails on the example: {type(error).__name__}: {error}") from error
+        raise FusionError(f"{type(model).__name__} fails on the example: {one_line(error)}") from error
     finally:
         hold.release()
     return dict(named_tensors(output)), ndims
+
+
+def check_agreement(model: nn.Module, fused: nn.Module, call: Call) -> None:
+    """Compare a model's outputs with those of its fused copy.
+
+    Raises:
+        FusionError: If one fails, or an output is missing or differs by more than rounding explains.
+    """
+    expected, _ = run(model, call)
+    actual, _ = run(fused, call)
+    _compare(expected, actual, _tolerance(model, expected))
 
 
 class _NoteNdim:
@@ -104,7 +122,7 @@ class _NoteNdim:
         self.seen.add(next(chain(args, kwargs.values())).ndim)
 
 
-def tolerance(model: nn.Module, outputs: Mapping[str, torch.Tensor]) -> float:
+def _tolerance(model: nn.Module, outputs: Mapping[str, torch.Tensor]) -> float:
     """Return what half of the digits leave open that the coarsest type in the model and its outputs has."""
     tensors = [t for t in chain(model.parameters(), outputs.values()) if t.is_floating_point() or t.is_complex()]
     eps = [torch.finfo(tensor.dtype).eps for tensor in tensors]
@@ -113,12 +131,7 @@ def tolerance(model: nn.Module, outputs: Mapping[str, torch.Tensor]) -> float:
     return math.sqrt(max(eps, default=torch.finfo(torch.float32).eps))
 
 
-def compare(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Tensor], allowed: float) -> None:
-    """Compare the outputs of a model with those of its fused copy.
-
-    Raises:
-        FusionError: If one is missing or differs by more than is allowed, relative to its largest value.
-    """
+def _compare(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Tensor], allowed: float) -> None:
     advice = "use the model as it is; its forward may branch on what tracing does not show, such as types"
     if expected.keys() != actual.keys() or any(actual[path].shape != y.shape for path, y in expected.items()):
         raise FusionError(f"the fused copy returns other tensors than the model: {advice}")

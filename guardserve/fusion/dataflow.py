@@ -123,7 +123,7 @@ def trace_dataflow(
         try:
             return _trace(model, len(args or ()), set(kwargs or ()))
         except Exception as error:  # noqa: BLE001 - tracing runs the model's own code on values that are no tensors
-            reason = f"its forward cannot be traced ({_first_line(error)})"
+            reason = f"its forward cannot be traced ({one_line(error)})"
         if args is None:
             raise DataflowError(f"{reason}; an example input may help")
         # it says so, and no more, when the model keeps a value of its forward
@@ -131,7 +131,7 @@ def trace_dataflow(
         try:
             return _export(model, args, dict(kwargs or {}))
         except Exception as error:
-            raise DataflowError(f"{reason} nor exported ({_first_line(error)})") from error
+            raise DataflowError(f"{reason} nor exported ({one_line(error)})") from error
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -164,8 +164,10 @@ class _Tracer(fx.Tracer):
 
     def kept(self) -> frozenset[fx.Node]:
         """Return the nodes whose proxy is alive after the trace: an attribute or a list holds it."""
-        gc.collect()
-        return frozenset(node for node, proxy in self._proxies if proxy() is not None)
+        alive = any(proxy() is not None for _, proxy in self._proxies)
+        if alive:
+            gc.collect()  # it may merely be part of a cycle
+        return frozenset(node for node, proxy in self._proxies if alive and proxy() is not None)
 
 
 def _trace(model: nn.Module, positional: int, named: set[str]) -> Dataflow:
@@ -260,6 +262,7 @@ def _describe(node: fx.Node | None) -> str:
     return str(getattr(node.target, "__name__", node.target)).removesuffix(".default")
 
 
-def _first_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Put an error in one line, cut where it goes on for long."""
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
     return text if len(text) <= _MESSAGE else f"{text[:_MESSAGE]}..."

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from guardserve.batchnorm import observation_points
-from guardserve.fusion.agreement import Call, Example, compare, eval_copy, run, tolerance
+from guardserve.fusion.agreement import Call, Example, check_agreement, eval_copy, run
 from guardserve.fusion.dataflow import Dataflow, DataflowError, trace_dataflow
 from guardserve.fusion.pairs import find_pairs
 from guardserve.graphs import graph_norms
@@ -53,7 +53,8 @@ def fuse(model: M, example: Example | None = None) -> M:
     {'3': 'it follows 2 (ReLU), not a convolution or linear layer'}
 
     The copy answers as the model does when it is called with the arguments that the example has; without an
-    example, with the required ones. Weights, statistics, or attributes that steer the forward must not be changed
+    example, with the required ones. Where control flow depends on shapes, that is so for shapes which take the
+    example's way. Weights, statistics, or attributes that steer the forward must not be changed
     in it later: change the model, and fuse it again.
 
     Do not fuse while other threads run models: tracing patches ``torch.nn.Module``.
@@ -77,15 +78,15 @@ def fuse(model: M, example: Example | None = None) -> M:
         fused = eval_copy(model)
         pairs, skipped = find_pairs(fused, _dataflow(model, call))
         if call is not None and pairs:
-            expected, ndims = run(model, call, pairs)
+            _, ndims = run(model, call, pairs)
             for name in [name for name, pair in pairs.items() if ndims[name] - {pair.ndim}]:
                 skipped[name] = f"{pairs.pop(name).source}, which it follows, has its channels on another axis"
         for pair in pairs.values():
             pair.merge()
         if call is not None and pairs:
-            compare(expected, run(fused, call)[0], tolerance(model, expected))
+            check_agreement(model, fused, call)
     skipped |= {norm.name: _IN_GRAPH for norm in graph_norms(model)}
-    points = [point for point in observation_points(fused) if point.unobservable_channels]
+    points = [point for point in observation_points(fused) if point.name in pairs and point.unobservable_channels]
     report = FusionReport(tuple(pairs), skipped, {point.name: point.unobservable_channels for point in points})
     vars(fused)["_fusion_report"] = report  # an attribute is copied and saved with the model
     return fused
@@ -106,10 +107,21 @@ def fusion_report(model: nn.Module) -> FusionReport:
     return report
 
 
+def check_fused(model: nn.Module, fused: nn.Module, example: Example) -> None:
+    """Check on another example that a fused copy answers as the model does.
+
+    Raises:
+        FusionError: If it does not, or one of the two fails on the example.
+    """
+    with torch.inference_mode(mode=False), torch.no_grad():
+        check_agreement(model, fused, Call.of(example))
+
+
 def _dataflow(model: nn.Module, call: Call | None) -> Dataflow | DataflowError:
     """Trace a copy, as tracing runs the forward with placeholders, which the model may keep."""
     args, kwargs = (None, None) if call is None else call.copy()
-    try:
-        return trace_dataflow(eval_copy(model), args, kwargs)
-    except DataflowError as reason:
-        return reason
+    with torch.random.fork_rng([]):
+        try:
+            return trace_dataflow(eval_copy(model), args, kwargs)
+        except DataflowError as reason:
+            return reason

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from guardserve.batchnorm import BatchNorm, FusedBatchNorm, batchnorm_layers, has_running_stats, is_batchnorm
@@ -88,8 +87,8 @@ def find_pairs(model: nn.Module, flow: Dataflow | DataflowError) -> tuple[dict[s
 
 
 def _find_pair(model: nn.Module, flow: Dataflow | DataflowError, name: str, norm: BatchNorm) -> Pair:
-    if norm.running_mean is not None and is_lazy(norm.running_mean):
-        raise _NotFusedError("it has not been initialised by a first input")
+    if "_orig_mod" in name.split("."):
+        raise _NotFusedError("it is in a compiled module: fuse the model, and compile the fused copy")
     if not has_running_stats(norm):
         raise _NotFusedError("it has no running statistics, and uses those of each batch")
     kind = _kind(norm, _NORMS, "it")
@@ -138,7 +137,7 @@ def _kind(module: nn.Module, kinds: Iterable[type[nn.Module]], what: str) -> typ
     if kind is None or (own and not (own == {"forward"} and is_batchnorm(module) and calls_children_after(module))):
         raise _NotFusedError(f"{what} is a {type(module).__name__}, whose forward is not known to be the usual one")
     if has_hooks(module):
-        raise _NotFusedError(f"{what} has hooks")
+        raise _NotFusedError(f"{what} has hooks: fuse the model before it gets hooks or monitors")
     for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
         if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_meta:
             raise _NotFusedError(f"{what} holds a {type(tensor).__name__} on {tensor.device} as {name}")
