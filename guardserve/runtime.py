@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputError
-from guardserve.fusion import fuse, fusion_report
+from guardserve.fusion import check_fused, fuse, fusion_report
 from guardserve.guard import EvalGuard, HazardPolicy
 from guardserve.loading import LoadedModel
 from guardserve.monitor import Monitor
@@ -182,8 +182,11 @@ def fuse_loaded(loaded: LoadedModel) -> LoadedModel:
     Raises:
         FusionError: See :func:`guardserve.fuse`.
     """
-    module = fuse(loaded.module, [spec.example(2).to(loaded.device) for spec in loaded.inputs])
+    pair, single = ([spec.example(size).to(loaded.device) for spec in loaded.inputs] for size in (2, 1))
+    module = fuse(loaded.module, pair)
     report = fusion_report(module)
+    if report.fused:
+        check_fused(loaded.module, module, single)
     total = len(report.fused) + len(report.skipped)
     _log.info("%s: %d of %d BatchNorm layers are fused", loaded.name, len(report.fused), total)
     for reason in dict.fromkeys(report.skipped.values()):
