@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from prometheus_client import (
@@ -24,7 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from guardserve import __version__
-from guardserve.monitor import Snapshot, Verdict
+from guardserve.monitor import Snapshot, State, Verdict
 from guardserve.runtime import Runtime
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -96,6 +96,20 @@ METRICS: dict[str, Description] = {
         ("model",),
     ),
     "guardserve_shift_threshold": Description("gauge", "Score from which on the input counts as shifted.", ("model",)),
+    "guardserve_shift_state": Description(
+        "gauge", "1 for the state that the monitor is in, 0 for the others.", ("model", "state")
+    ),
+    "guardserve_shift_evidence": Description(
+        "gauge",
+        "Largest evidence of the detector's charts after the last sample; only with a reference profile.",
+        ("model",),
+    ),
+    "guardserve_shift_evidence_threshold": Description(
+        "gauge", "Evidence from which on there is an alarm; only with a reference profile.", ("model",)
+    ),
+    "guardserve_shift_alarms_total": Description(
+        "counter", "Alarms of the detector; always 0 without a reference profile.", ("model",)
+    ),
     "guardserve_layer_mean_shift": Description(
         "gauge", "Mean shift of the layer's input in the recent window, RMS over channels.", ("model", "layer")
     ),
@@ -212,6 +226,12 @@ class RuntimeCollector(Collector):
         yield _family("guardserve_samples_total", [((model,), total.samples)])
         yield _family("guardserve_nonfinite_samples_total", list(_nonfinite(runtime, total)))
         yield _family("guardserve_shift_threshold", [((model,), monitor.threshold)])
+        states = [((model, state), state == verdict.state) for state in get_args(State)]
+        yield _family("guardserve_shift_state", states)
+        yield _family("guardserve_shift_alarms_total", [((model,), verdict.alarms)])
+        if verdict.evidence is not None and verdict.evidence_threshold is not None:
+            yield _family("guardserve_shift_evidence", [((model,), verdict.evidence)])
+            yield _family("guardserve_shift_evidence_threshold", [((model,), verdict.evidence_threshold)])
         yield from _shift(model, verdict)
 
 

@@ -15,7 +15,7 @@ from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputEr
 from guardserve.fusion import check_fused, fuse, fusion_report
 from guardserve.guard import EvalGuard, HazardPolicy
 from guardserve.loading import LoadedModel
-from guardserve.monitor import Monitor
+from guardserve.monitor import Monitor, ReferenceProfile
 from guardserve.nonfinite import find_nonfinite
 from guardserve.outputs import named_outputs, output_specs
 from guardserve.signature import Signature, TensorSpec
@@ -46,9 +46,12 @@ class Runtime:
         shift_window: See :class:`guardserve.monitor.Monitor`, as for the next two.
         shift_min_samples: Samples before the window is judged.
         shift_threshold: Score from which on the window counts as shifted.
+        reference: Reference profile of the model, if samples are to be judged by one.
+        target_arl: With it, samples between false alarms, on average.
 
     Raises:
         TrainingModeError: If eval mode cannot fix the model and ``on_hazard`` is ``"raise"``.
+        ReferenceMismatchError: If the reference profile belongs to another model.
 
     Attributes:
         failure: Why the model is not ready; None when it is.
@@ -66,6 +69,8 @@ class Runtime:
         shift_window: int = 256,
         shift_min_samples: int = 64,
         shift_threshold: float = 0.5,
+        reference: ReferenceProfile | None = None,
+        target_arl: float = 10_000,
     ) -> None:
         self.name = loaded.name
         self.platform = loaded.platform
@@ -74,7 +79,12 @@ class Runtime:
         self.failure: str | None = "the model has not been probed yet"
         self.guard = EvalGuard(loaded.module, on_hazard=on_hazard, inference_mode=True, trace_interval=TRACE_INTERVAL)
         self.monitor = Monitor(
-            loaded.module, window=shift_window, min_samples=shift_min_samples, threshold=shift_threshold
+            loaded.module,
+            window=shift_window,
+            min_samples=shift_min_samples,
+            threshold=shift_threshold,
+            reference=reference,
+            target_arl=target_arl,
         )
         self.nonfinite: Counter[tuple[str, str]] = Counter()
         self._counting = threading.Lock()

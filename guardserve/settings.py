@@ -57,6 +57,12 @@ class ServeSettings(BaseSettings):
     shift_threshold: float = Field(
         0.5, gt=0, description="Shift score, in running standard deviations, from which on the input counts as shifted."
     )
+    reference: Path | None = Field(
+        None, description="Reference profile made by guardserve reference, to judge samples by: calibrated alarms."
+    )
+    target_arl: float = Field(
+        10_000, ge=100, le=100_000, description="With --reference, samples between false alarms, on average."
+    )
     shutdown_timeout: int = Field(
         30,
         ge=1,

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import loaded
 from torch import nn
 
+from guardserve import ReferenceProfile
 from guardserve.metrics import METRICS, WORST_CHANNELS, Metrics
 from guardserve.runtime import Runtime
 from guardserve.signature import TensorSpec
@@ -20,7 +21,8 @@ from guardserve.signature import TensorSpec
 def metrics() -> Metrics:
     """Return the metrics of a small model that has served a window of samples, one with a NaN activation."""
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
-    runtime = Runtime(loaded(model, TensorSpec("x", torch.float32, (-1, 3))))
+    profile = ReferenceProfile.fit(model, [torch.randn(200, 3)], target_arl=1000)
+    runtime = Runtime(loaded(model, TensorSpec("x", torch.float32, (-1, 3))), reference=profile, target_arl=1000)
     runtime.start()
     metrics = Metrics(runtime)
     for _ in range(10):
@@ -93,3 +95,16 @@ def test_a_scrape_needs_no_server() -> None:
     """The text format parses for a model that has not started yet."""
     text = Metrics(Runtime(loaded(nn.BatchNorm1d(3)))).render().decode()
     assert 'guardserve_model_ready{model="net"} 0.0' in text
+
+
+def test_the_state_is_one_of_all_states_and_evidence_comes_with_a_reference_only(metrics: Metrics) -> None:
+    """Exactly one state is 1; without a profile there is no evidence to show, and no alarm can be counted."""
+    plain = Runtime(loaded(nn.Sequential(nn.BatchNorm1d(3)), TensorSpec("x", torch.float32, (-1, 3))))
+    plain.start()
+    for text, referenced in ((metrics.render().decode(), True), (Metrics(plain).render().decode(), False)):
+        states = [line for line in text.splitlines() if line.startswith("guardserve_shift_state{")]
+        assert len(states) == 6
+        assert sum(line.endswith(" 1.0") for line in states) == 1
+        assert ("\nguardserve_shift_evidence{" in text) is referenced
+        assert ("\nguardserve_shift_evidence_threshold{" in text) is referenced
+        assert "\nguardserve_shift_alarms_total{" in text

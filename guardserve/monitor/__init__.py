@@ -1,7 +1,7 @@
 """Live activation statistics of every BatchNorm layer, compared with its running statistics or with a reference."""
 
 from guardserve.monitor.calibration import RunLength
-from guardserve.monitor.detector import Detection
+from guardserve.monitor.detector import Detection, State
 from guardserve.monitor.diagnosis import MovedChannel
 from guardserve.monitor.effect_size import ChannelShift, EffectSize, LayerShift
 from guardserve.monitor.monitor import Monitor
@@ -19,5 +19,6 @@ __all__ = [
     "ReferenceWarning",
     "RunLength",
     "Snapshot",
+    "State",
     "Verdict",
 ]

@@ -1,0 +1,147 @@
+"""The command that makes a reference profile, and the server that judges by one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+from guardserve.cli import main
+from guardserve.demo.digits import SHIFTS, Digits, load_digits
+from guardserve.exceptions import ReferenceMismatchError, ReferenceProfileError
+from guardserve.loading import load_model
+from guardserve.loading.arrays import load_batches
+from guardserve.metrics import Metrics
+from guardserve.monitor import ReferenceProfile
+from guardserve.runtime import Runtime
+from guardserve.signature import TensorSpec
+
+IMAGE = TensorSpec("image", torch.float32, (-1, 1, 8, 8))
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    """Run a command in this process; return its exit status and everything it printed."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    """Load the real digits once."""
+    return load_digits()
+
+
+@pytest.fixture(scope="module")
+def made(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Make a profile of the demo's model from its reference images; return its file and the report."""
+    folder = tmp_path_factory.mktemp("profile")
+    np.save(folder / "clean.npy", digits.reference.images.numpy())
+    status, text = run("reference", "demo", "--data", folder / "clean.npy", "--out", folder / "profile.safetensors")
+    assert status == 0, text
+    return folder / "profile.safetensors", text
+
+
+def test_the_report_tells_count_target_measurement_and_what_the_data_carry(made: tuple[Path, str]) -> None:
+    """451 images are too few for one false alarm in 10,000, and the report says so with what would do."""
+    _, text = made
+    assert "451 samples, 5 BatchNorm layers" in text
+    assert "one false alarm in 10,000 samples" in text
+    measured = re.search(r"measured +one in ([\d,]+) on samples that took no part\s+\(95 % interval ([\d,]+) to", text)
+    assert measured, text
+    assert int(measured[2].replace(",", "")) < int(measured[1].replace(",", ""))
+    assert "451 samples carry one in 4,510 at most: for this target give 1000" in text
+
+
+def test_the_server_judges_requests_by_the_profile(made: tuple[Path, str], digits: Digits) -> None:
+    """Live digits, which took no part in the profile, raise no alarm; inverted ones do at once."""
+    runtime = Runtime(load_model("demo"), reference=ReferenceProfile.load(made[0]), target_arl=4000)
+    runtime.start()
+    metrics = Metrics(runtime)
+    try:
+        runtime.infer({"image": digits.live.images})
+        assert runtime.monitor.verdict().alarms == 0
+        assert 'guardserve_shift_alarms_total{model="digits_cnn"} 0.0' in metrics.render().decode()
+        runtime.infer({"image": SHIFTS["inverted"](digits.live.images[:8])})
+        text = metrics.render().decode()
+    finally:
+        runtime.close()
+    assert 'guardserve_shift_state{model="digits_cnn",state="shifted"} 1.0' in text
+    assert 'guardserve_shift_alarms_total{model="digits_cnn"} 1.0' in text
+
+
+def test_serve_refuses_what_is_no_profile_of_the_model(
+    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing file, or a profile of other weights, is one line before anything listens."""
+    status, text = run("serve", "demo", "--reference", tmp_path / "absent.safetensors")
+    assert status == 1
+    assert "absent.safetensors cannot be read" in text
+    other = load_model("demo")
+    torch.nn.init.constant_(other.module.get_parameter("blocks.0.norm.weight"), 2.0)
+    with pytest.raises(ReferenceMismatchError, match="fingerprint"):
+        Runtime(other, reference=ReferenceProfile.load(made[0]))
+    monkeypatch.setenv("GUARDSERVE_TARGET_ARL", "5")
+    status, text = run("serve", "demo")
+    assert status == 1
+    assert "--target-arl (or GUARDSERVE_TARGET_ARL) is '5'" in text
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
+def test_every_format_gives_the_same_batches(tmp_path: Path, suffix: str) -> None:
+    """The samples come in order, in the input's type, whatever holds them; the named array is taken among several."""
+    samples = np.random.default_rng(0).random((70, 1, 8, 8))
+    path = tmp_path / f"clean{suffix}"
+    if suffix == ".npy":
+        np.save(path, samples)
+    elif suffix == ".npz":
+        np.savez(path, image=samples, label=np.zeros(70))
+    else:
+        save_file({"image": samples, "label": np.zeros(70)}, path)
+    batches = load_batches(path, IMAGE)
+    parts = list(batches)
+    assert len(batches) == 70
+    assert [len(part) for part in parts] == [32, 32, 6]
+    assert torch.equal(torch.cat(parts), torch.from_numpy(samples).float())
+    fixed = load_batches(path, TensorSpec("image", torch.float32, (8, 1, 8, 8)))
+    assert {len(part) for part in fixed} == {8}
+    assert len(fixed) == 64
+
+
+def test_what_does_not_fit_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """A pickle, another shape, another type, another format, several unnamed arrays: none is guessed at."""
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "flat.npy", np.zeros((5, 64), np.float32))
+    np.save(tmp_path / "bytes.npy", np.zeros((5, 1, 8, 8), np.uint8))
+    np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
+    (tmp_path / "broken.npz").write_bytes(b"PK nothing")
+    (tmp_path / "clean.csv").write_text("1,2")
+    for name, reason in (
+        ("pickled.npy", "cannot be read as .npy"),
+        ("flat.npy", r"has shape \(5, 64\), but input 'image' takes samples of shape \(1, 8, 8\)"),
+        ("bytes.npy", "holds uint8, but input 'image' takes float32"),
+        ("two.npz", "holds the arrays a, b"),
+        ("broken.npz", "cannot be read as .npz"),
+        ("clean.csv", "is none of .npy, .npz, .safetensors"),
+        ("absent.npy", "cannot be read as .npy"),
+    ):
+        with pytest.raises(ReferenceProfileError, match=reason):
+            load_batches(tmp_path / name, IMAGE)
+
+
+def test_the_command_fails_before_it_runs_the_model_when_it_cannot_write(tmp_path: Path, digits: Digits) -> None:
+    """A folder that is not there costs no minutes of reading."""
+    np.save(tmp_path / "clean.npy", digits.reference.images[:4].numpy())
+    status, text = run(
+        "reference", "demo", "--data", tmp_path / "clean.npy", "--out", tmp_path / "no" / "p.safetensors"
+    )
+    assert status == 1
+    assert "no is no folder" in text
+    status, text = run("reference", "demo", "--data", tmp_path / "clean.npy", "--out", tmp_path / "p.safetensors")
+    assert status == 1
+    assert "4 finite samples: give at least 100" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clean.npy"]
