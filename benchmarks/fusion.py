@@ -18,8 +18,7 @@ from guard import interleaved
 from resnet import resnet18, resnet50
 from torch import nn
 
-from guardserve import EvalGuard, Monitor
-from guardserve.fusion import fuse
+from guardserve import EvalGuard, Monitor, fuse
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from mobilenet import MobileNetV2

@@ -16,6 +16,7 @@ from guardserve.exceptions import (
     SettingsError,
     TrainingModeError,
 )
+from guardserve.fusion import fuse, fusion_report
 from guardserve.guard import EvalGuard, GuardWarning, NonFiniteOutputWarning
 from guardserve.loading import example_input, load_model
 from guardserve.monitor import Monitor, ReferenceProfile, ReferenceWarning
@@ -44,6 +45,8 @@ __all__ = [
     "TrainingModeError",
     "__version__",
     "example_input",
+    "fuse",
+    "fusion_report",
     "load_model",
     "trace_nonfinite",
 ]

@@ -20,9 +20,18 @@ from mobilenet import MobileNetV2, photos, weights
 from serving import loaded
 from torch import nn
 
-from guardserve import EvalGuard, FusionError, Monitor, NonFiniteOutputError, TrainingModeError, cli
+from guardserve import (
+    EvalGuard,
+    FusionError,
+    Monitor,
+    NonFiniteOutputError,
+    TrainingModeError,
+    cli,
+    fuse,
+    fusion_report,
+)
 from guardserve.batchnorm import FusedBatchNorm, batchnorm_layers
-from guardserve.fusion import check_fused, fuse, fusion_report
+from guardserve.fusion import check_fused
 from guardserve.metrics import Metrics
 from guardserve.monitor import EffectSize, LayerShift
 from guardserve.runtime import Runtime, fuse_loaded
