@@ -124,7 +124,10 @@ METRICS: dict[str, Description] = {
     ),
     "guardserve_batchnorm_layers": Description("gauge", "BatchNorm layers of the model.", ("model", "observed")),
     "guardserve_unobservable_channels": Description(
-        "gauge", "Channels of watched layers that are left out, because fusion has scaled away what enters.", ("model",)
+        "gauge",
+        "Channels that the monitor leaves out: fusion has scaled away what enters them, "
+        "or their statistics are not finite.",
+        ("model",),
     ),
     "guardserve_model_ready": Description("gauge", "1 when the model has passed its start-up probe.", ("model",)),
     "guardserve_model_info": Description("gauge", "Always 1; what is served.", ("model", "platform", "device")),

@@ -19,7 +19,7 @@ class Snapshot:
         layers: The layers that have seen any, in registration order.
         unobserved: BatchNorm layers that cannot be watched, each with the reason.
         unobservable_channels: Layers with channels that are left out, because fusion has scaled away what enters
-            them, with the number of these channels.
+            them or their statistics are not finite, with the number of these channels.
     """
 
     samples: int
