@@ -15,8 +15,11 @@ from guardserve.metrics import METRICS
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_python_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_blocks_run_one_after_the_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Each block may use what those before it made; what a comment says is printed is printed."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 3
