@@ -26,7 +26,7 @@ LEVELS = (
     {"metrics"},
     {"service"},
     {"demo"},
-    {"cli"},
+    {"cli", "pytest_plugin"},
 )
 
 
