@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MARKER = (
     "guardserve(model, example=None, sizes=(1, 2, 7)): before the test runs, audit a model and compare its outputs in "
-    "batches of several sizes. The model is package.module:factory, a module, or (as model=) a function that returns one; "
-    "the example may come from the factory's @guardserve.example_input."
+    "batches of several sizes. The model is package.module:factory, a module, or (as model=) a function that returns "
+    "one; the example may come from the factory's @guardserve.example_input."
 )
 
 
