@@ -160,16 +160,15 @@ def measure(
     """
     horizon = max([HORIZONS[0], *(horizon for horizon in HORIZONS if horizon <= 2 * target_arl)])
 
-    def alarms(pool: Array, streams: int) -> int:
+    def alarms(pool: Array) -> int:
         largest = largest_evidence([pool], dimensions, levels, streams=streams, horizons=[horizon], rng=rng)
         return int((largest[0] >= threshold).sum())
 
     streams = STREAMS // HALVES
-    halves = [alarms(held_out[rng.permutation(len(held_out))[: len(held_out) // 2]], streams) for _ in range(HALVES)]
-    total = alarms(held_out, STREAMS)
+    halves = [alarms(held_out[rng.permutation(len(held_out))[: len(held_out) // 2]]) for _ in range(HALVES)]
     logs = np.log([_mean_run_length(count, streams, horizon) for count in halves])
-    error = 1.96 * math.sqrt(max(float(logs.var(ddof=1)), 1 / (total + 0.5)))
-    mean = _mean_run_length(total, STREAMS, horizon)
+    error = 1.96 * math.sqrt(max(float(logs.var(ddof=1)), 1 / (sum(halves) + 0.5)))
+    mean = _mean_run_length(sum(halves), streams * HALVES, horizon)
     return RunLength(mean, mean * math.exp(-error), mean * math.exp(error))
 
 

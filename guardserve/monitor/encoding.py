@@ -55,7 +55,7 @@ class Sketch:
     def standardise(self, features: Array) -> Array:
         """Return features in clipped reference standard deviations, each times its sign."""
         z: Array = features - self.centre
-        z /= self.scale
+        z *= self._factor
         np.minimum(z, np.float32(CLIP), out=z)
         return np.maximum(z, np.float32(-CLIP), out=z)
 
@@ -65,6 +65,10 @@ class Sketch:
         out = np.zeros((len(standardised), len(self.channels) * self.width), np.float32)
         out[:, slots] = np.add.reduceat(standardised, starts, axis=1)
         return out.reshape(len(standardised), len(self.channels), self.width)
+
+    @cached_property
+    def _factor(self) -> Array:
+        return (1 / self.scale).astype(np.float32)
 
     @cached_property
     def _buckets(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:

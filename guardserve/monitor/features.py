@@ -26,16 +26,17 @@ class FeatureReader:
     def __init__(self, points: Sequence[ObservationPoint], indices: Sequence[int]) -> None:
         self._indices = tuple(indices)
         affine = [point.affine for point in points]
-        # an infinite scale makes an unobservable channel a constant 0
-        scales = [torch.where(scale.isnan(), torch.inf, scale) for scale, _ in affine]
-        self.channels = tuple(len(scale) for scale in scales)
-        self._scale = torch.cat(scales).float().numpy()
+        # a factor of 0 makes an unobservable channel a constant 0
+        factors = [torch.where(scale.isnan(), 0.0, 1 / scale) for scale, _ in affine]
+        self.channels = tuple(len(factor) for factor in factors)
+        self._factor = torch.cat(factors).float().numpy()
+        self._abs_factor = np.abs(self._factor)
         self._location = torch.cat([location for _, location in affine]).float().numpy()
 
     def complete(self, record: Record) -> bool:
         """Tell whether a forward showed every layer, each with one row a sample."""
         ran = {index for index, _, _ in record.readings}
-        odd = {index for index, mean, _ in record.readings if len(mean) != record.samples}
+        odd = {index for index, mean, _ in record.readings if mean.shape[0] != record.samples}
         return all(index in ran and index not in odd for index in self._indices)
 
     def read(self, records: Sequence[Record]) -> Array:
@@ -46,13 +47,13 @@ class FeatureReader:
         rows = [self._row(record) for record in records]
         mean = np.concatenate([mean for mean, _ in rows])
         variance = np.concatenate([variance for _, variance in rows])
-        channels = len(self._scale)
+        channels = len(self._factor)
         features = np.empty((len(mean), 2 * channels), np.float32)
         with np.errstate(invalid="ignore", over="ignore"):
             np.subtract(mean, self._location, out=features[:, :channels])
-            features[:, :channels] /= self._scale
+            features[:, :channels] *= self._factor
             np.sqrt(variance, out=features[:, channels:])
-            features[:, channels:] /= np.abs(self._scale)
+            features[:, channels:] *= self._abs_factor
         return features
 
     def _row(self, record: Record) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import Self
 
 from guardserve.exceptions import ReferenceProfileError
-from guardserve.monitor.detector import Detector, State
+from guardserve.monitor.detector import CHUNK, Detector, State
 from guardserve.monitor.effect_size import LayerMoments, layer_shift
 from guardserve.monitor.features import FeatureReader
 from guardserve.monitor.reference import ReferenceProfile
@@ -287,8 +287,8 @@ class Monitor:
         """Show the detector what it can judge; the lock is held."""
         if self._detector is not None and self._reader is not None:
             complete = [record for record in batch if self._reader.complete(record)]
-            if complete:
-                self._detector.judge(self._reader.read(complete))
+            for start in range(0, len(complete), CHUNK):
+                self._detector.judge(self._reader.read(complete[start : start + CHUNK]))
 
 
 def _rows(record: Record) -> int:
