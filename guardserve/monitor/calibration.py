@@ -118,12 +118,12 @@ def largest_evidence(
 
 
 def prudence(samples: int) -> float:
-    """Return how many times longer than asked for run lengths are aimed at: 1.5 for 700 samples, 1.3 for 2,000.
+    """Return how many times longer than asked for run lengths are aimed at: 1.3 for 700 samples, 1.1 for 2,000.
 
-    Without it, true run lengths were measured between 0.6 and 1.6 times the target from 750 samples, and between
+    Without it, true run lengths were measured between 0.6 and 2.4 times the target from 750 samples, and between
     0.2 and 4 times from 200, over profiles of the digits model made from fresh samples.
     """
-    return 1.25 + (350 / samples) ** 2
+    return 1.1 + (300 / samples) ** 2
 
 
 def find_thresholds(
