@@ -125,8 +125,8 @@ def _stranger(row: torch.Tensor, seed: int, *, bounded: bool) -> torch.Tensor:
         # towards a value of the row: its mean and its spread both change
         towards, part = values.flatten()[0], 0.1 + 0.5 * torch.rand((), generator=generator).item()
         return towards + (values - towards) * part
-    spread = (1 + size) if not bool(size.max() > size.min()) else size.max()
-    made_up = row + noise * spread
+    spread = size.max() if bool(size.max() > size.min()) else 1 + size
+    made_up = row + (noise + 3) * spread  # far to one side, so that a mean over the batch goes with it
     return made_up.abs().to(row.dtype) if one_sign else made_up
 
 

@@ -110,17 +110,16 @@ def _watching(layers: dict[str, BatchNorm], misfits: list[Misfit]) -> Iterator[N
 
 
 def _misfit(name: str, layer: Any, activations: torch.Tensor) -> Misfit | None:
-    x = activations.detach().double().transpose(0, CHANNEL_AXIS).flatten(1)
+    values = activations.detach().double()
+    by_channel = values.transpose(0, CHANNEL_AXIS).flatten(1)
+    # positions in one image are no independent samples, rows are
+    by_row = values.flatten(2).mean(2) if values.ndim > CHANNEL_AXIS + 1 else values
+    error = by_row.std(0) / math.sqrt(len(by_row))
     mean, variance = layer.running_mean.double(), layer.running_var.double() + layer.eps
-    rows = activations.detach().double().flatten(2).mean(2) if activations.ndim > 2 else activations.detach().double()  # noqa: PLR2004
-    error = rows.std(0) / math.sqrt(len(rows))
-    shift = ((x.mean(1) - mean).abs() - 2 * error).clamp_min(0) / variance.sqrt()
-    spread = ((x.var(1) + layer.eps) / variance).log().abs()
-    return (
-        Misfit(name, *finite)
-        if all(map(math.isfinite, finite := (shift.median().item(), spread.median().item())))
-        else None
-    )
+    shift = ((by_channel.mean(1) - mean).abs() - 2 * error).clamp_min(0) / variance.sqrt()
+    spread = ((by_channel.var(1) + layer.eps) / variance).log().abs()
+    misfit = Misfit(name, shift.median().item(), spread.median().item())
+    return misfit if math.isfinite(misfit.shift) and math.isfinite(misfit.spread) else None
 
 
 def _disagreement(own: Any, batch: Any, rows: int) -> float | None:
@@ -131,7 +130,7 @@ def _disagreement(own: Any, batch: Any, rows: int) -> float | None:
         if other is None or other.shape != tensor.shape or not tensor.ndim or len(tensor) != rows:
             continue
         if tensor.is_floating_point() and tensor.numel():
-            first, second = tensor.double().flatten(1), other.double().flatten(1)
+            first, second = tensor.double().reshape(rows, -1), other.double().reshape(rows, -1)
             between = (first.var(0, correction=0).mean() + second.var(0, correction=0).mean()) / 2
             found.append(((first - second).square().mean() / between.clamp_min(1e-300)).sqrt().item())
     finite = [value for value in found if math.isfinite(value)]

@@ -208,12 +208,12 @@ def _layer(node: fx.Node) -> str:
         if isinstance(argument, fx.Node) and argument.op == "get_attr":
             return str(argument.target).rpartition(".")[0]
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]).removeprefix("L['self'].") if stack else node.name
+    return str(stack[-1][0]).removeprefix("L['self'].") if stack else ""
 
 
 def script_flow(module: torch.jit.ScriptModule) -> Flow:
     """Read the flow of a TorchScript graph."""
-    graph: Any = module.inlined_graph
+    graph = script_graph(module)
     steps: dict[str, Step] = {value.debugName(): Step(INPUT, "") for value in list(graph.inputs())[1:]}
     order: list[Step] = []
     for node in _script_nodes(graph):
@@ -228,6 +228,14 @@ def script_flow(module: torch.jit.ScriptModule) -> Flow:
         order.append(step)
         steps.update((value.debugName(), step) for value in node.outputs())
     return Flow.of(order)
+
+
+def script_graph(module: torch.jit.ScriptModule) -> Any:
+    """Return the graph of a TorchScript module's forward; one of no node when it has none, as lists of modules."""
+    try:
+        return module.inlined_graph
+    except (AttributeError, RuntimeError):
+        return torch._C.Graph()  # noqa: SLF001 - torch gives no other way
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from guardserve.audit.flow import script_owner, script_path
+from guardserve.audit.flow import script_graph, script_owner, script_path
 
 # names under which layers keep their running statistics, and their scale and shift
 _STATISTICS = (("running_mean", "running_var"), ("moving_mean", "moving_var"), ("moving_mean", "moving_variance"))
@@ -156,8 +156,8 @@ def _fx_epsilons(graph: fx.Graph) -> Iterator[tuple[str, float]]:
 
 def _script_norms(module: torch.jit.ScriptModule) -> Iterator[list[Any]]:
     """Yield the arguments of each batch normalisation in a TorchScript graph."""
-    graph: Any = getattr(module, "inlined_graph", None)
-    for operator in _SCRIPT_NORMS if graph is not None else ():
+    graph = script_graph(module)
+    for operator in _SCRIPT_NORMS:
         for node in graph.findAllNodes(operator, recurse=True):
             yield list(node.inputs())
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from guardserve.audit.flow import script_path
+from guardserve.audit.flow import script_graph, script_path
 from guardserve.audit.registry import Gap, Hit, rule
 from guardserve.audit.report import join
 from guardserve.audit.subject import Subject
@@ -92,8 +92,8 @@ def _has_mode(module: nn.Module) -> bool:
 
 def _script_flags(module: torch.jit.ScriptModule, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules inside a TorchScript module that train, and whose flag its graph reads."""
-    graph = getattr(module, "inlined_graph", None)
-    paths = {".".join(script_path(node.output())) for node in graph.findAllNodes("prim::GetAttr")} if graph else set()
+    graph = script_graph(module)  # nodes live no longer than their graph
+    paths = {".".join(script_path(node.output())) for node in graph.findAllNodes("prim::GetAttr", recurse=True)}
     for name, inner in module.named_modules():
         if getattr(inner, "training", False) and (f"{name}.training" if name else "training") in paths:
             yield ".".join(filter(None, (prefix, name))), inner
@@ -235,4 +235,6 @@ def frozen_by_halves(subject: Subject) -> Iterator[Hit | Gap]:
 
 def _trains(module: nn.Module) -> bool:
     """Tell whether a module with parameters of its own is being trained."""
-    return module.training and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    # a frozen TorchScript module has no flag
+    training = getattr(module, "training", False)
+    return training and any(parameter.requires_grad for parameter in module.parameters(recurse=False))

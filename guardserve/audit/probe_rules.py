@@ -115,8 +115,8 @@ def changes_state(subject: Subject) -> Iterator[Hit | Gap]:
 
     Why: each request changes the answers to all later ones, and one bad request can spoil them for good.
 
-    Found: by comparing all buffers, and tensors kept on modules, before and after each forward in eval mode. Running
-    statistics are an error; another floating-point buffer is a warning, a counter is an info.
+    Found: by comparing parameters, buffers and tensors kept on modules before and after each forward in eval mode.
+    Running statistics are an error; other floating-point buffers and parameters are a warning, a counter is an info.
 
     Remedy: update statistics only ``if self.training``; trace or export again after ``eval()``.
 
@@ -136,10 +136,10 @@ def changes_state(subject: Subject) -> Iterator[Hit | Gap]:
             other.append(name)
     for owner, attributes in by_owner.items():
         yield Hit(subject.prefix + owner, f"a forward in eval mode changed {join(attributes)}")
-    buffers = dict(subject.inner.named_buffers())
-    for name in (name for name in other if name in buffers):
+    state = {**dict(subject.inner.named_parameters()), **dict(subject.inner.named_buffers())}
+    for name in (name for name in other if name in state):
         owner, _, attribute = name.rpartition(".")
-        floating = buffers[name].is_floating_point()
+        floating = state[name].is_floating_point()
         why = "what a request leaves behind may change the answers to later ones"
         yield Hit(
             subject.prefix + owner,

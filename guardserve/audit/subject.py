@@ -218,7 +218,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
 def _unflattened_norms(model: nn.Module) -> Iterator[GraphNorm]:
     """Yield the normalisations in what ``torch.export.unflatten`` gives: modules that hold a graph each."""
     for name, module in model.named_modules():
-        graph = getattr(module, "graph", None)
+        graph = vars(module).get("graph")
         if isinstance(graph, fx.Graph) and not isinstance(module, fx.GraphModule):
             for norm in graph_norms(fx.GraphModule(module, graph)):
                 yield replace(norm, name=f"{name}.{norm.name}".strip("."))

@@ -27,7 +27,7 @@ class Run:
     Attributes:
         output: What it returned.
         error: What it raised.
-        changed: Names of the buffers, and of other tensors kept on modules, whose values it changed.
+        changed: Names of the parameters, buffers and other tensors kept on modules whose values it changed.
     """
 
     output: Any = None
@@ -48,7 +48,7 @@ class Workbench:
 
     Args:
         model: The model.
-        is_copy: Whether it is a copy, of which only what a forward commonly changes must be put back.
+        is_copy: Whether it is a copy, which may be altered.
 
     Attributes:
         model: The model.
@@ -59,7 +59,7 @@ class Workbench:
         self.model = model
         self.is_copy = is_copy
         self._hold = EvalHold(model)
-        self._state = _State(model, parameters=not is_copy)
+        self._state = _State(model)
 
     def run(
         self,
@@ -112,7 +112,7 @@ class Workbench:
                 self.model(*args, **kwargs)
         except Exception as error:
             raise ValueError(f"its first forward raised {Run(error=error).failure}") from error
-        self._state = _State(self.model, parameters=False)
+        self._state = _State(self.model)
 
     def close(self) -> None:
         """Give the model back as it was."""
@@ -155,28 +155,32 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 class _State:
-    """What a forward may change in a model: buffers, attributes, and parameters where those must be kept too."""
+    """What a forward may change in a model: parameters, buffers, attributes, and flags of modules that it removes."""
 
-    def __init__(self, model: nn.Module, *, parameters: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._attributes = {
-            module: {name: (value, _contents(value)) for name, value in vars(module).items() if name != "training"}
+            module: {name: (value, _contents(value)) for name, value in vars(module).items()}
             for module in model.modules()
             if not isinstance(module, torch.jit.ScriptModule)
         }
-        self._model = model
-        named = self._kept() | (dict[str, torch.Tensor](model.named_parameters()) if parameters else {})
-        self._values = {name: (tensor, tensor.detach().clone()) for name, tensor in named.items() if _readable(tensor)}
+        kept = self._kept()
+        self._values = {name: (tensor, tensor.detach().clone()) for name, tensor in kept.items() if _readable(tensor)}
 
     def restore(self) -> list[str]:
         """Put everything back, and name the tensors that had changed."""
         now = self._kept()
         changed = [name for name, (tensor, value) in self._values.items() if _differ(now.get(name, tensor), value)]
+        # the flags of modules in the tree belong to whoever holds the model in a mode
+        inside = set(self._model.modules())
         for module, attributes in self._attributes.items():
-            for name in vars(module).keys() - attributes.keys() - {"training"}:
+            flag = {"training"} if module in inside else set()
+            for name in vars(module).keys() - attributes.keys() - flag:
                 del vars(module)[name]
             for name, (value, contents) in attributes.items():
-                _refill(value, contents)
-                vars(module)[name] = value
+                if name not in flag:
+                    _refill(value, contents)
+                    vars(module)[name] = value
         with torch.no_grad():
             for tensor, value in self._values.values():
                 if _differ(tensor, value):
@@ -184,8 +188,10 @@ class _State:
         return changed
 
     def _kept(self) -> dict[str, torch.Tensor]:
-        """Return the buffers, and the tensors that modules keep as plain attributes, by name."""
-        kept = dict(self._model.named_buffers())
+        """Return parameters and buffers, and the tensors that modules keep as plain attributes, by name."""
+        kept = dict(
+            itertools.chain[tuple[str, torch.Tensor]](self._model.named_parameters(), self._model.named_buffers())
+        )
         for prefix, module in self._model.named_modules():
             plain = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
             kept |= {f"{prefix}.{name}" if prefix else name: value for name, value in plain.items()}
