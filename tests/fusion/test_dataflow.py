@@ -328,6 +328,37 @@ def test_a_hook_of_a_container_that_keeps_the_output_is_noticed() -> None:
     )
 
 
+def test_a_hook_on_dropout_keeps_it_from_being_looked_through() -> None:
+    """It may change what dropout hands on, which the norm then normalises."""
+    model = Net(lambda n, x: n.norm(n.dropout(n.conv(x))))
+    model.dropout.register_forward_hook(lambda _, __, output: output * 2)
+    reason = "it follows dropout (Dropout), not a convolution or linear layer"
+    assert fusion_report(fuse(model, X)).skipped == {"norm": reason}
+
+
+def test_dropout_that_is_never_switched_off_is_not_looked_through() -> None:
+    """Monte Carlo dropout changes what it is given, in eval mode too."""
+
+    def body(net: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = net.norm(nn.functional.dropout(net.conv(x)))
+        return y
+
+    reason = "it follows dropout, not a convolution or linear layer"
+    for model in (Net(body), Net(behind_a_branch(body))):
+        assert fusion_report(fuse(model, X)).skipped == {"norm": reason}
+
+
+def test_containers_of_torch_are_looked_into() -> None:
+    """DataParallel and the like hold what is to be fused, and are no single operation."""
+
+    class Container(nn.Sequential):
+        pass
+
+    Container.__module__ = "torch.nn.parallel"
+    model = nn.Sequential(Container(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    assert fusion_report(fuse(model)).fused == ("0.1",)
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [

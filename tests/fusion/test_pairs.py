@@ -84,7 +84,7 @@ def test_every_floating_type_is_folded_in_float64_and_cast_back(dtype: torch.dty
     assert error(model, fused, x) < tolerance
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(3, 4, 3)])
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 3, groups=2)])
 def test_the_memory_format_and_the_gradient_flag_stay(layer: Any) -> None:
     """A channels_last model stays so, and frozen weights stay frozen."""
     model = nn.Sequential(layer, nn.BatchNorm2d(4))
@@ -212,6 +212,45 @@ class Branching(nn.BatchNorm2d):
         return super().forward(x) if x.sum() > 0 else x
 
 
+class Batchwise(nn.BatchNorm2d):
+    """Uses the statistics of its batch in eval mode too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise as in training."""
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=True)
+
+
+class OtherEpsilon(nn.BatchNorm2d):
+    """Adds another number to the variance than it says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise with the default."""
+        eps = self.eps * 2
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=eps)
+
+
+class ChangesInput(nn.BatchNorm2d):
+    """Works on its input in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Activate, and normalise."""
+        x.relu_()
+        return super().forward(x)
+
+
+class Constant(nn.BatchNorm2d):
+    """Does not look at its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("pattern", torch.ones(1, channels, 2, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise something else."""
+        del x
+        return super().forward(self.get_buffer("pattern"))
+
+
 class Standardised(nn.Conv2d):
     """A convolution with standardised weights."""
 
@@ -259,7 +298,10 @@ def set_statistic(name: str, value: float) -> nn.Sequential:
 
 
 BEFORE = "0, which it follows, "
-OWN_NORMS: tuple[type[nn.BatchNorm2d], ...] = (ActFirst, ActTwice, Doubled, OtherWeight, Branching)
+OWN_NORMS: tuple[type[nn.BatchNorm2d], ...] = (
+    *(ActFirst, ActTwice, Doubled, OtherWeight, Branching),
+    *(Batchwise, OtherEpsilon, ChangesInput, Constant),
+)
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no statistics": (
         lambda: conv_bn(norm=nn.BatchNorm2d(4, track_running_stats=False)),
