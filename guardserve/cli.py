@@ -159,6 +159,10 @@ class AuditCommand(Command):
             return super().invoke(ctx)
         except click.ClickException as error:
             raise CouldNotRunError(error.message) from error
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            raise CouldNotRunError(f"{type(error).__name__}: {error}") from error
 
 
 def _explain(context: click.Context, parameter: click.Parameter, code: str | None) -> None:
@@ -223,7 +227,10 @@ def audit(
     --input-shape makes up noise. Exit status: 0 clean, 1 findings, 2 it could not run.
     """  # noqa: D301 - click reads the escape, it is not a literal backslash
     source = load_source(model, **options)
-    chosen, left_out = (tuple(code for entry in entries for code in entry.split(",")) for entries in (select, ignore))
+    chosen, left_out = (
+        tuple(code for entry in entries for code in entry.replace(" ", "").split(",") if code)
+        for entries in (select, ignore)
+    )
     report = audit_subject(source.subject, select=chosen, ignore=left_out)
     click.echo(FORMATS[style](report, source), nl=False)
     if report.reaches(fail_on):

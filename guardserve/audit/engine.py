@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     Model: TypeAlias = nn.Module | ExportedProgram | Mapping[str, torch.Tensor]
+
+_log = logging.getLogger(__name__)
 
 RULE_MODULES = (mode_rules, statistics_rules, structure_rules, probe_rules)
 """Importing them fills the register of rules."""
@@ -61,6 +64,9 @@ def audit_subject(subject: Subject, *, select: Iterable[str] = (), ignore: Itera
             ran.append(rule.code)
         except Unchecked as gap:
             skipped.append(Skipped(rule.code, str(gap)))
+        except Exception as error:  # noqa: BLE001 - a model can be odd in any way, and the other rules still count
+            _log.debug("%s", rule.code, exc_info=error)
+            skipped.append(Skipped(rule.code, f"the check itself failed: {type(error).__name__}: {error}"))
         findings += rule.findings(hits)
     return Report(str(subject), tuple(findings), tuple(ran), tuple(skipped))
 

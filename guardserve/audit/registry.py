@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
@@ -69,13 +70,13 @@ class Page:
             ValueError: It lacks a part.
         """
         text = inspect.cleandoc(docstring or "")
-        pattern = r"(.+)\.\n\n(.+)\n\nWhy: (.+)\n\nFound: (.+)\n\nRemedy: (.+)\n\nExample::\n\n(.+)"
+        pattern = r"([^\n]+)\.\n\n(.+)\n\nWhy: (.+)\n\nFound: (.+)\n\nRemedy: (.+)\n\nExample::\n\n(.+)"
         match = re.fullmatch(pattern, text, flags=re.DOTALL)
         if match is None:
             raise ValueError(f"a rule's page has a title, a text, Why, Found, Remedy and Example, not: {text!r:.80}")
         *prose, example = match.groups()
         title, what, why, found, remedy = (re.sub(r"(?<!\n)\n(?!\n)", " ", part).replace("``", "`") for part in prose)
-        return cls(title, what, why, found, remedy, inspect.cleandoc(example))
+        return cls(title, what, why, found, remedy, textwrap.dedent(example))
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,11 @@ def find_rules(select: Iterable[str] = (), ignore: Iterable[str] = ()) -> list[R
     Raises:
         SettingsError: No code starts like one of these.
     """
-    wanted = set(RULES) if not (chosen := list(select)) else _codes(chosen)
-    return [RULES[code] for code in sorted(wanted - _codes(ignore))]
+    wanted = _codes(select) or set(RULES)
+    chosen = [RULES[code] for code in sorted(wanted - _codes(ignore))]
+    if not chosen:
+        raise SettingsError("no rule is left to check: select more, or ignore less")
+    return chosen
 
 
 def _codes(prefixes: Iterable[str]) -> set[str]:

@@ -124,6 +124,8 @@ class Workbench:
 def workbench(model: nn.Module) -> Iterator[Workbench]:
     """Put a copy of a model on a bench, or, where it cannot be copied, itself, given back as it was.
 
+    Of a model that cannot be copied, tensors and containers that its modules hold directly are put back.
+
     While the bench is open, random generators are its own, warnings are not shown, and nothing is compiled.
     """
     with ExitStack() as stack:
