@@ -13,8 +13,9 @@ ARGS   ?=
 demo: $(VENV)/.demo
 	$(BIN)/guardserve demo $(ARGS)
 
+# one thread each: torch's and numpy's pools would wait for each other on a small machine
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
