@@ -13,6 +13,7 @@ from guardserve.audit import mode_rules, probe_rules, statistics_rules, structur
 from guardserve.audit.registry import Gap, Hit, find_rules
 from guardserve.audit.report import Finding, Report, Skipped
 from guardserve.audit.subject import Subject, Unchecked
+from guardserve.exceptions import InputError
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -64,6 +65,8 @@ def audit_subject(subject: Subject, *, select: Iterable[str] = (), ignore: Itera
             ran.append(rule.code)
         except Unchecked as gap:
             skipped.append(Skipped(rule.code, str(gap)))
+        except InputError:
+            raise
         except Exception as error:  # noqa: BLE001 - a model can be odd in any way, and the other rules still count
             _log.debug("%s", rule.code, exc_info=error)
             skipped.append(Skipped(rule.code, f"the check itself failed: {type(error).__name__}: {error}"))

@@ -28,13 +28,13 @@ _GITHUB_COMMANDS: Mapping[Severity, str] = {"error": "error", "warning": "warnin
 _SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
-def text(report: Report, source: Source, *, color: bool = False) -> str:
+def text(report: Report, source: Source, *, color: bool = True) -> str:
     """Write a report for a person: findings by module, the worst first, what was not checked, and the verdict.
 
     Args:
         report: The report.
         source: What was audited.
-        color: Whether to add terminal colours.
+        color: Whether to add terminal colours, which click takes off where there is no terminal.
     """
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=color, color_system="standard" if color else None, width=_WIDTH)

@@ -191,8 +191,8 @@ class _Prober:
             difference = worst_difference(sample, self._sample(run, alone), rounding, labels=True)
             if difference is not None and difference.is_real:
                 # the same batch once more: a model with a generator or a memory of its own differs from itself
-                again = self._run(self._batch)
-                noise = again and worst_difference(sample, self._sample(again, alone), rounding, labels=True)
+                again = self._run(self._batch) or batch
+                noise = worst_difference(sample, self._sample(again, alone), rounding, labels=True)
                 if noise is not None and noise.is_real:
                     self._random = f"the same batch gives another output each time, in eval mode too: {noise}"
                     return None

@@ -124,6 +124,7 @@ def settled(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = None  # the statistics are exactly those of the one batch then
+        layer.reset_running_stats()
     model.train()
     with torch.no_grad():
         model(*example) if isinstance(example, tuple) else model(example)

@@ -93,10 +93,7 @@ def fingerprint(model: nn.Module) -> list[Any]:
             held = list(value) if isinstance(value, (dict, list, set)) else None
             attributes.append((name, key, id(value), held))
     return [
-        [
-            (name, id(tensor) if not _script(model) else 0)
-            for name, tensor in state.items()
-        ],
+        [(name, id(tensor) if not _script(model) else 0) for name, tensor in state.items()],
         [(name, tensor.detach().clone().nan_to_num(-99.0).tolist()) for name, tensor in state.items()],
         [tensor.grad is None for tensor in model.parameters()],
         [tensor.requires_grad for tensor in model.parameters()],
