@@ -75,7 +75,7 @@ def test_no_forward_is_run_for_rules_that_need_none() -> None:
 def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told as unchecked, and not as passed."""
 
-    def broken(subject: Subject) -> Iterator[Hit | Gap]:
+    def broken(_: Subject) -> Iterator[Hit | Gap]:
         raise ZeroDivisionError("odd model")
 
     model, _ = convolutional()
