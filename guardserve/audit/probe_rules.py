@@ -154,7 +154,8 @@ def trains_during_forward(subject: Subject) -> Iterator[Hit | Gap]:
     """A module returns to training mode during forward.
 
     Some code calls ``self.train()``, or ``layer.train()``, inside ``forward``: Monte Carlo dropout, a helper that was
-    meant for training, a wrapper that restores what it takes for the usual mode.
+    meant for training, a wrapper that restores what it takes for the usual mode. Layers in a plain list, or made in the
+    forward, are no submodules, and are always in training mode.
 
     Why: ``model.eval()`` before the call has no effect, and the model normalises by the batch at hand all the same.
 
@@ -175,6 +176,10 @@ def trains_during_forward(subject: Subject) -> Iterator[Hit | Gap]:
         names = [subject.prefix + name for name in training]
         shown = join((name or "the model itself" for name in names), _SHOWN)
         yield Hit(names[0], f"in training mode during a forward that began in eval mode: {shown}")
+    for name, kind in subject.probes.unregistered:
+        remedy = "make it a submodule, by an attribute of its own or an `nn.ModuleList`, and only in `__init__`"
+        seen = f"a {kind} that is no submodule, in a list or made in the forward, trains during the forward"
+        yield Hit(subject.prefix + name, seen, remedy=remedy)
 
 
 @rule("BN105", "non-finite-output", "error")
@@ -196,10 +201,8 @@ def non_finite_output(subject: Subject) -> Iterator[Hit | Gap]:
         model.bn1.running_var.fill_(-1)     # BN105 in bn1, and BN006 names the cause
     """
     probes = subject.probes
-    if probes.given is None:
-        raise Unchecked(f"the program takes batches of {probes.rows} rows only, and the example has fewer")
-    if probes.given.error:
-        raise Unchecked(f"it does not run on the example: {probes.given.failure}")
+    if all(run is None or run.error for run in (probes.given, probes.alone)):
+        raise Unchecked(f"it runs only on {probes.rows} rows, and the example has another number")
     if probes.nonfinite is None:
         return
     bad, origin = probes.nonfinite

@@ -60,6 +60,7 @@ class Probes:
         nonfinite: A non-finite output for the example, and where it arose if that was seen.
         alone_nonfinite: A non-finite output for the row by itself that is finite among others.
         training: Modules that were in training mode at some point of a forward.
+        unregistered: Layers that trained and are no submodules: the name of the module that called each, and its class.
         changed: Tensors kept on modules that a forward changed.
         dependence: How a sample's output depends on its batch; a string says why that is not known.
         random: That the output is random, so that a sample alone could not be compared; None when it is not.
@@ -75,6 +76,7 @@ class Probes:
     nonfinite: tuple[NonFinite, NonFiniteOrigin | None] | None
     alone_nonfinite: NonFinite | None
     training: tuple[str, ...]
+    unregistered: tuple[tuple[str, str], ...]
     changed: tuple[str, ...]
     dependence: Dependence | str | None
     random: str | None
@@ -141,7 +143,7 @@ class _Prober:
         if self._fixed is None or self._fixed == self._example.rows:
             fit = measure_fit(self._bench, self._example)
         alone_nonfinite = self._alone_nonfinite(alone, batch)
-        nonfinite = None if alone_nonfinite and (given is alone) else self._nonfinite(given)
+        nonfinite = None if alone_nonfinite and (given is alone) else self._nonfinite(given, alone)
         return Probes(
             self._rows,
             self._fixed is not None,
@@ -151,6 +153,7 @@ class _Prober:
             nonfinite,
             alone_nonfinite,
             tuple(self._observer.training) if self._observer else (),
+            tuple(self._observer.unregistered) if self._observer else (),
             tuple(dict.fromkeys(self._changed)),
             dependence,
             self._random,
@@ -265,12 +268,14 @@ class _Prober:
         found = find_nonfinite(alone.output)
         return next((bad for bad in found if bad.path in among_others and is_finite(among_others[bad.path])), None)
 
-    def _nonfinite(self, given: Run | None) -> tuple[NonFinite, NonFiniteOrigin | None] | None:
-        """Find a non-finite output for the example as it is."""
-        bad = next(find_nonfinite(given.output), None) if given is not None else None
-        if bad is None:
-            return None
-        return bad, trace_nonfinite(self._bench.model, *self._example.args, **self._example.kwargs)
+    def _nonfinite(self, given: Run | None, alone: Run | None) -> tuple[NonFinite, NonFiniteOrigin | None] | None:
+        """Find a non-finite output for the example as it is, or for a row of it where the model takes no more."""
+        for run, example in ((given, self._example), (alone, self._single)):
+            if run is not None and not run.error:
+                bad = next(find_nonfinite(run.output), None)
+                origin = trace_nonfinite(self._bench.model, *example.args, **example.kwargs) if bad else None
+                return (bad, origin) if bad else None
+        return None
 
     def _dtypes(self, output: Any) -> set[torch.dtype]:
         tensors = itertools.chain((tensor for _, tensor in named_tensors(output)), self._bench.model.parameters())

@@ -153,8 +153,8 @@ def _unreached(subject: Subject) -> Iterator[Gap]:
     """Tell which layers the forward did not come to, such as those of an auxiliary classifier for training."""
     if isinstance(subject.inner, (torch.jit.ScriptModule, fx.GraphModule)):
         return
-    reached = {name for _, name in _norm_steps(subject)}
-    missing = [layer for layer in subject.layers if layer.name not in reached]
+    expected = {subject.prefix + name for name in subject.norm_names} - {name for _, name in _norm_steps(subject)}
+    missing = [layer for layer in subject.layers if layer.name in expected]
     scripted = [layer.name for layer in missing if isinstance(layer.module, torch.jit.ScriptModule)]
     skipped = [layer.name for layer in missing if layer.name not in scripted]
     if skipped:

@@ -17,6 +17,7 @@ from guardserve.audit.flow import Flow, fx_flow, script_flow, traced_flow
 from guardserve.audit.layers import NormLayer, module_layers, state_layers
 from guardserve.audit.probes import NotRunnableError, Probes, run_probes
 from guardserve.audit.workbench import workbench
+from guardserve.batchnorm import FusedBatchNorm
 from guardserve.graphs import GraphNorm, graph_norms
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Subject:
         if (reason := _needs_others(inner)) is not None:
             return reason
         try:
-            return run_probes(inner, self._example, self._norm_names)
+            return run_probes(inner, self._example, self.norm_names)
         except NotRunnableError as error:
             return str(error)
 
@@ -150,13 +151,13 @@ class Subject:
         if isinstance(inner, torch.jit.ScriptModule):
             return script_flow(inner)
         if isinstance(inner, fx.GraphModule):
-            return fx_flow(inner.graph, dict(inner.named_modules()), self._norm_names)
+            return fx_flow(inner.graph, dict(inner.named_modules()), self.norm_names)
         probes = self._probes
         if isinstance(probes, Probes) and probes.flow is not None:
             return probes.flow
         with workbench(inner) as bench, bench.eval_mode():
             try:
-                return traced_flow(bench.model, self._norm_names)
+                return traced_flow(bench.model, self.norm_names)
             except Exception:  # noqa: BLE001 - tracing raises whatever the model's code makes of a proxy
                 reason = probes if isinstance(probes, str) else "the run on the example did not show it"
                 return f"the order of operations is not known: it cannot be traced symbolically, and {reason}"
@@ -195,8 +196,10 @@ class Subject:
         return bool(self._graph_norms) or any(layer.is_batchnorm for layer in self.layers)
 
     @property
-    def _norm_names(self) -> frozenset[str]:
-        return frozenset(layer.name.removeprefix(self.prefix) for layer in self.layers)
+    def norm_names(self) -> frozenset[str]:
+        """Names of the layers that normalise, without :attr:`prefix`; what fusion leaves of one does not."""
+        normalising = (layer for layer in self.layers if not isinstance(layer.module, FusedBatchNorm))
+        return frozenset(layer.name.removeprefix(self.prefix) for layer in normalising)
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:

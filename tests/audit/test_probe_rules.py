@@ -432,6 +432,39 @@ def test_bn104_modules_that_train_during_the_forward(model: nn.Module, name: str
         ]
 
 
+class Listed(nn.Module):
+    """Keeps its layers in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run them."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Made(nn.Module):
+    """Makes a dropout in its forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop."""
+        y: torch.Tensor = nn.Dropout(0.5)(x)
+        return y
+
+
+@pytest.mark.parametrize(("model", "kind"), [(Listed(), "BatchNorm1d"), (Made(), "Dropout")])
+def test_bn104_layers_that_no_eval_reaches(model: nn.Module, kind: str) -> None:
+    """They are no submodules, so that their flags are not seen before they run."""
+    for wrapped, name in ((model.eval(), ""), (nn.Sequential(nn.Identity(), model).eval(), "1")):
+        (finding,) = hits(audit(wrapped, ROWS), "BN104")
+        assert (finding.module, finding.severity) == (name, "error")
+        assert f"a {kind} that is no submodule" in finding.message
+        assert "submodule" in finding.remedy
+
+
 def test_bn104_what_the_guard_mends_is_not_reported_twice() -> None:
     """EvalGuard keeps the layer in eval mode during the forward, so that mates and statistics are safe with it."""
     model = TrainsLayer().eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from audit.programs import exported, frozen, scripted, traced
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from guardserve import fuse
 from guardserve.audit import Finding, audit
 
 STRUCTURE = ("BN011", "BN012", "BN013")
@@ -321,6 +323,44 @@ def test_bn015_tells_what_else_normalises() -> None:
     """Other normalisations are counted by class."""
     (finding,) = hits(audit(nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4), nn.RMSNorm(4)).eval()), "BN015")
     assert "has 2 LayerNorm and 1 RMSNorm" in finding.message
+
+
+@pytest.mark.parametrize("build", [convolutional, residual])
+def test_a_fused_model_is_clean(build: Build) -> None:
+    """What fusion leaves of a layer normalises nothing: the bias before it is needed, and it can still be watched."""
+    model, example = build()
+    fused = fuse(model, example)
+    assert sum(module.bias is not None for module in fused.modules() if isinstance(module, nn.Conv2d)) >= 2
+    report = audit(fused, example)
+    assert not report.findings
+    assert set(STRUCTURE) <= set(report.ran)
+    assert not any(reasons(report, code) for code in STRUCTURE)
+
+
+class Hooked(nn.Module):
+    """Has hooks that replace what its layers take, and a layer that raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken = nn.Linear(99, 1)
+        self.linear = nn.Linear(6, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.linear.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+        self.norm.register_forward_hook(lambda *inputs: inputs[2] * 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise."""
+        with suppress(RuntimeError):
+            self.broken(x)
+        y: torch.Tensor = self.norm(self.linear(x))
+        return y
+
+
+def test_hooks_and_caught_exceptions_do_not_hide_the_order() -> None:
+    """The flow goes through both."""
+    report = audit(Hooked().eval(), ROWS, select=STRUCTURE)
+    assert [(finding.code, finding.module) for finding in report.findings] == [("BN013", "norm")]
+    assert not report.skipped
 
 
 def test_bn015_any_batchnorm_is_enough() -> None:
