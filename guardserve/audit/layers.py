@@ -117,13 +117,19 @@ def _statistics(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
     for names in _STATISTICS:
         mean, var = (getattr(module, name, None) for name in names)
         if isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor):
-            return mean, var
+            return _local(mean), _local(var)
     return None
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process has, of one that is shared out over several."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def _first_tensor(module: nn.Module, names: Sequence[str]) -> torch.Tensor | None:
     found = (getattr(module, name, None) for name in names)
-    return next((tensor for tensor in found if isinstance(tensor, torch.Tensor)), None)
+    return next((_local(tensor) for tensor in found if isinstance(tensor, torch.Tensor)), None)
 
 
 def _class_name(module: nn.Module) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from guardserve.audit.flow import (
@@ -22,7 +22,7 @@ from guardserve.audit.flow import (
 )
 from guardserve.audit.registry import Gap, Hit, rule
 from guardserve.audit.report import join
-from guardserve.audit.subject import Subject
+from guardserve.audit.subject import Subject, is_sharded
 from guardserve.batchnorm import is_batchnorm
 
 _SHOWN = 3
@@ -48,16 +48,20 @@ def unsynchronised(subject: Subject) -> Iterator[Hit | Gap]:
         DistributedDataParallel(resnet50())                                             # BN010
         DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(resnet50()))    # clean
     """
+    seen: set[nn.Module] = set()
     for name, module in subject.root.named_modules():
-        wrapper = type(module).__name__
-        if isinstance(module, (DataParallel, DistributedDataParallel)) or "FullyShardedDataParallel" in wrapper:
+        wraps = isinstance(module, (DataParallel, DistributedDataParallel)) or is_sharded(module)
+        if wraps and module not in seen:
+            seen.update(module.modules())
             plain = [
                 inner_name
                 for inner_name, inner in module.named_modules(prefix=name)
                 if is_batchnorm(inner) and "Sync" not in type(inner).__name__
             ]
             if plain:
-                yield Hit(name, f"{wrapper} holds {len(plain)} plain BatchNorm layers ({join(plain, _SHOWN)})")
+                yield Hit(
+                    name, f"{type(module).__name__} holds {len(plain)} plain BatchNorm layers ({join(plain, _SHOWN)})"
+                )
 
 
 @rule("BN011", "activation-before-batchnorm", "info")

@@ -234,11 +234,18 @@ def _checked(result: _T | str) -> _T:
     return result
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Tell whether the parameters of a module are shared out over processes."""
+    return not {"FullyShardedDataParallel", "FSDPModule"}.isdisjoint(cls.__name__ for cls in type(module).__mro__)
+
+
 def _needs_others(model: nn.Module) -> str | None:
-    """Tell why a model would wait for other processes when it runs, or None when it would not."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return None
+    """Tell why a model cannot be run by this process alone, or None when it can."""
+    group = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     for name, module in model.named_modules():
-        if isinstance(module, DistributedDataParallel) or "FullyShardedDataParallel" in type(module).__name__:
-            return f"{name or 'the model'} runs only together with the other processes of its group"
+        place = name or "the model"
+        if is_sharded(module):
+            return f"{place} is sharded over processes: audit it before it is"
+        if group and isinstance(module, DistributedDataParallel):
+            return f"{place} runs only together with the other processes of its group"
     return None

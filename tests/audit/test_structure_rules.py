@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
-from audit.models import BUILDS, Build, codes, convolutional, hits, norm_names, reasons, residual, settled, tabular
+from audit.models import (
+    BUILDS,
+    Build,
+    codes,
+    convolutional,
+    hits,
+    norm_names,
+    norms,
+    reasons,
+    residual,
+    settled,
+    tabular,
+)
 from audit.programs import exported, frozen, scripted, traced
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -111,6 +123,27 @@ def test_bn010_a_part_of_a_model_may_be_wrapped() -> None:
     (finding,) = hits(audit(model), "BN010")
     assert finding.module == "1"
     assert "1 plain BatchNorm layers (1.module)" in finding.message
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("build", [convolutional, residual])
+def test_bn010_fully_sharded_models(build: Build) -> None:
+    """Each process has a part of the batch there too; the outermost wrapper is named, and the model is not run."""
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - needs the group
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    model, example = build()
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (next(model.children()), model):
+        fully_shard(part, mesh=mesh)
+    norms(model)[0].running_var.fill_(-1)  # type: ignore[union-attr]
+    with torch.no_grad():
+        norms(model)[0].weight[1] = float("inf")
+    report = audit(model, example)
+    (finding,) = hits(report, "BN010")
+    assert (finding.module, "holds 2 plain BatchNorm layers" in finding.message) == ("", True)
+    assert {"BN005", "BN006"} <= codes(report)
+    assert "is sharded over processes" in reasons(report, "BN105")[0]
 
 
 @pytest.mark.usefixtures("group")
