@@ -18,6 +18,8 @@ from guardserve.nonfinite import named_tensors
 
 LEAST_ROWS = 8
 """Fewer rows say too little about the statistics of a batch."""
+MOST_ROWS = 64
+"""More would only take time."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def measure_fit(bench: Workbench, example: Example) -> Fit | str:
         return "the model cannot be copied, and running it with batch statistics would alter it"
     if example.rows < LEAST_ROWS:
         return f"an example of at least {LEAST_ROWS} rows of real data is needed, this one has {example.rows}"
+    example = example.take(range(min(example.rows, MOST_ROWS)))
     misfits: list[Misfit] = []
     own = bench.run(example.args, example.kwargs, within=_watching(layers, misfits))
     switched = _batch_statistics(bench.model, layers)

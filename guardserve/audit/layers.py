@@ -91,7 +91,7 @@ def module_layers(model: nn.Module) -> Iterator[NormLayer]:
             _first_tensor(module, _WEIGHT),
             _first_tensor(module, _BIAS),
             _first_tensor(module, _BATCHES),
-            eps if isinstance(eps, float) else None,
+            float(eps) if isinstance(eps, (int, float)) else None,
             module,
         )
 

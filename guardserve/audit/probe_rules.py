@@ -116,7 +116,8 @@ def changes_state(subject: Subject) -> Iterator[Hit | Gap]:
     Why: each request changes the answers to all later ones, and one bad request can spoil them for good.
 
     Found: by comparing parameters, buffers and tensors kept on modules before and after each forward in eval mode.
-    Running statistics are an error; other floating-point buffers and parameters are a warning, a counter is an info.
+    Running statistics are an error. Another buffer or parameter is a warning if the same input gives another output
+    afterwards, and an info if not, as for a counter or a cache.
 
     Remedy: update statistics only ``if self.training``; trace or export again after ``eval()``.
 
@@ -137,16 +138,12 @@ def changes_state(subject: Subject) -> Iterator[Hit | Gap]:
     for owner, attributes in by_owner.items():
         yield Hit(subject.prefix + owner, f"a forward in eval mode changed {join(attributes)}")
     state = {**dict(subject.inner.named_parameters()), **dict(subject.inner.named_buffers())}
+    carries = subject.probes.carries
+    why = "the same request gets another answer afterwards" if carries else "it did not change a later answer here"
     for name in (name for name in other if name in state):
         owner, _, attribute = name.rpartition(".")
-        floating = state[name].is_floating_point()
-        why = "what a request leaves behind may change the answers to later ones"
-        yield Hit(
-            subject.prefix + owner,
-            f"a forward in eval mode changed {attribute}",
-            "warning" if floating else "info",
-            why,
-        )
+        seen = f"a forward in eval mode changed {attribute}"
+        yield Hit(subject.prefix + owner, seen, "warning" if carries else "info", why)
 
 
 @rule("BN104", "trains-during-forward", "error")

@@ -62,6 +62,7 @@ class Probes:
         training: Modules that were in training mode at some point of a forward.
         unregistered: Layers that trained and are no submodules: the name of the module that called each, and its class.
         changed: Tensors kept on modules that a forward changed.
+        carries: Whether the same input gives another output after a forward that changed some.
         dependence: How a sample's output depends on its batch; a string says why that is not known.
         random: That the output is random, so that a sample alone could not be compared; None when it is not.
         fit: How well the running statistics fit the example; a string says why that is not known.
@@ -78,6 +79,7 @@ class Probes:
     training: tuple[str, ...]
     unregistered: tuple[tuple[str, str], ...]
     changed: tuple[str, ...]
+    carries: bool
     dependence: Dependence | str | None
     random: str | None
     fit: Fit | str
@@ -155,6 +157,7 @@ class _Prober:
             tuple(self._observer.training) if self._observer else (),
             tuple(self._observer.unregistered) if self._observer else (),
             tuple(dict.fromkeys(self._changed)),
+            bool(self._changed) and self._carries(self._batch if batch and not batch.error else self._single),
             dependence,
             self._random,
             fit,
@@ -171,6 +174,12 @@ class _Prober:
             self._observer = observer or self._observer
         self._changed += run.changed
         return run
+
+    def _carries(self, example: Example) -> bool:
+        first, second = self._bench.run_twice(example.args, example.kwargs)
+        rounding = tolerance(self._dtypes(first.output), same_size=True)
+        difference = worst_difference(whole(first.output), whole(second.output), rounding, labels=True)
+        return difference is not None and difference.is_real
 
     def _dependence(self, alone: Run | None, batch: Run | None) -> Dependence | None:
         """Compare what the model returns for one row in several batches.

@@ -79,14 +79,30 @@ class Workbench:
             held: Whether to hold the model in eval mode; else its own flags count.
             within: Surrounds the forward alone, after the mode is set.
         """
+        output, error = self._forward(args, kwargs, seed=seed, held=held, within=within)
+        return Run(output, error, tuple(self._state.restore()))
+
+    def run_twice(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, Run]:
+        """Run the model on the same inputs twice, the second time from the state that the first has left."""
+        runs = [Run(*self._forward(args, kwargs)) for _ in range(2)]
+        self._state.restore()
+        return runs[0], runs[1]
+
+    def _forward(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        seed: int = 0,
+        held: bool = True,
+        within: AbstractContextManager[object] | None = None,
+    ) -> tuple[Any, Exception | None]:
         _seed(self.model, seed)
-        output = error = None
         try:
             with self.eval_mode() if held else nullcontext(), torch.no_grad(), within or nullcontext():
-                output = self.model(*args, **kwargs)
-        except Exception as caught:  # noqa: BLE001 - how a model fails is what a probe wants to know
-            error = caught
-        return Run(output, error, tuple(self._state.restore()))
+                return self.model(*args, **kwargs), None
+        except Exception as error:  # noqa: BLE001 - how a model fails is what a probe wants to know
+            return None, error
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:

@@ -355,28 +355,38 @@ class Counting(nn.Module):
         return self.cache
 
 
-def test_bn103_counters_and_caches_are_no_error() -> None:
-    """A counter is an info, another floating-point buffer a warning, an attribute nothing."""
-    (finding,) = hits(audit(Counting().eval(), ROWS), "BN103")
-    assert (finding.severity, "changed calls" in finding.message) == ("info", True)
+def test_bn103_counters_and_caches_are_an_info() -> None:
+    """A buffer that changes and no answer with it; an attribute is nothing at all."""
 
     class Keeping(Counting):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.last = x[0].detach().clone()
             return 2 * x
 
-    (finding,) = hits(audit(Keeping().eval(), ROWS), "BN103")
-    assert (finding.severity, "changed last" in finding.message) == ("warning", True)
+    for model, name in ((Counting(), "calls"), (Keeping(), "last")):
+        (finding,) = hits(audit(model.eval(), ROWS), "BN103")
+        assert (finding.severity, f"changed {name}" in finding.message) == ("info", True)
+
+
+def test_bn103_state_that_changes_later_answers_is_a_warning() -> None:
+    """A memory of the last input, and a weight that shrinks with each call."""
+
+    class Remembering(Counting):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x + self.last
+            self.last = x[0].detach().clone()
+            return y
 
     class Shrinking(Head):
         def forward(self, x: torch.Tensor) -> Any:
             self.linear.weight.data.mul_(0.9)
             return super().forward(x)
 
-    report = audit(Shrinking(lambda y: y).eval(), ROWS)
-    (finding,) = hits(report, "BN103")
-    assert (finding.module, finding.severity) == ("linear", "warning")
-    assert "BN102" not in codes(report), "each run begins with the same weight"
+    for model, name in ((Remembering(), ""), (Shrinking(lambda y: y), "linear")):
+        report = audit(model.eval(), ROWS)
+        (finding,) = hits(report, "BN103")
+        assert (finding.module, finding.severity) == (name, "warning")
+        assert "BN102" not in codes(report), "each run begins with the same state"
 
 
 # BN104

@@ -1,0 +1,86 @@
+"""``guardserve serve``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+import torch
+import uvicorn
+
+from guardserve.cli.options import Command, settings_options
+from guardserve.loading import load_model
+from guardserve.monitor import ReferenceProfile
+from guardserve.runtime import Runtime, fuse_loaded
+from guardserve.service.app import create_app
+from guardserve.settings import load_settings
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@settings_options
+def serve(model: str, **options: Any) -> None:
+    """Serve MODEL over HTTP, in eval mode whatever its flags say, with its BatchNorm layers watched.
+
+    MODEL is one of
+
+    \b
+      package.module:factory  a function or class that returns the model (with --weights FILE)
+      model.pt2               a program saved by torch.export
+      model.pt                a TorchScript archive
+      demo                    the embedded model of handwritten digits
+
+    \b
+    Examples:
+      guardserve serve demo
+      guardserve serve shop.models:resnet --weights resnet.safetensors --input-shape 3,224,224
+      guardserve serve scripted.pt --name defects --input-shape 1,64,64 --port 9000
+
+    Input names, shapes and types come from the factory's @guardserve.example_input, from the exported
+    program, or from --input-shape and --input-dtype.
+
+    The server speaks the Open Inference Protocol V2 (/v2/models/NAME/infer), shows its metrics to Prometheus
+    (/metrics) and its documentation to you (/docs). It is ready (/v2/health/ready) once a forward at batch
+    size 1 has passed through the model.
+
+    Every option may also be set in the environment; an option beats its variable.
+    """  # noqa: D301 - click reads the escape, it is not a literal backslash
+    settings = load_settings(**{name: value for name, value in options.items() if value not in (None, ())})
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    loaded = load_model(
+        model,
+        weights=settings.weights,
+        device=settings.device,
+        allow_pickle=settings.allow_pickle,
+        input_shapes=settings.input_shape,
+        input_dtypes=settings.input_dtype,
+        name=settings.name,
+    )
+    if settings.fuse:
+        loaded = fuse_loaded(loaded)
+    runtime = Runtime(
+        loaded,
+        on_hazard=settings.on_hazard,
+        shift_window=settings.shift_window,
+        shift_min_samples=settings.shift_min_samples,
+        shift_threshold=settings.shift_threshold,
+        reference=None if settings.reference is None else ReferenceProfile.load(settings.reference),
+        target_arl=settings.target_arl,
+    )
+    app = create_app(
+        runtime,
+        model_version=settings.model_version,
+        max_batch_size=settings.max_batch_size,
+        max_body_size=settings.max_body_size,
+    )
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        access_log=False,
+        timeout_graceful_shutdown=settings.shutdown_timeout,
+    )
