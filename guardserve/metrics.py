@@ -1,29 +1,24 @@
 """Prometheus metrics, and the only home of ``prometheus_client``.
 
-Requests are counted as they end; everything about the model is read from the runtime when a scrape asks.
+Requests are counted as they end; everything else is read from the runtime and its engine when a scrape asks.
 """
 
 from __future__ import annotations
 
 import platform
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple, get_args
 
 import torch
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from guardserve import __version__
+from guardserve.engine import FAULTS, Engine, EngineCounts
 from guardserve.monitor import Snapshot, State, Verdict
 from guardserve.runtime import Runtime
 
@@ -42,9 +37,14 @@ REASONS = (
     "too_large",
     "unsupported_encoding",
     "not_found",
+    "unauthorized",
     "not_ready",
+    "overloaded",
+    "slow_body",
+    "timeout",
     "nonfinite_output",
     "model_error",
+    "out_of_memory",
     "disconnected",
     "internal",
 )
@@ -80,6 +80,19 @@ METRICS: dict[str, Description] = {
         "histogram", "Time of one forward with its safeguards.", ("model",)
     ),
     "guardserve_batch_size": Description("histogram", "Rows of one forward.", ("model",)),
+    "guardserve_queue_size": Description("gauge", "Requests that wait for a forward.", ("model",)),
+    "guardserve_queue_duration_seconds": Description(
+        "histogram", "Time that a request waited for its forward to begin.", ("model",)
+    ),
+    "guardserve_faults_total": Description(
+        "counter",
+        "Faults met in forwards: a joint batch that failed and was run one by one, memory that did not suffice, "
+        "an error of the device, a forward that hung.",
+        ("model", "kind"),
+    ),
+    "guardserve_recoveries_total": Description(
+        "counter", "Times that a self-test made the model ready again after a fault.", ("model",)
+    ),
     "guardserve_samples_total": Description("counter", "Samples that the monitor has seen.", ("model",)),
     "guardserve_nonfinite_samples_total": Description(
         "counter",
@@ -137,33 +150,55 @@ METRICS: dict[str, Description] = {
 
 METRIC_NAMES = frozenset(METRICS)
 
+NO_ENGINE = EngineCounts(0, dict.fromkeys(FAULTS, 0), 0)
+
+
+class Distribution:
+    """A histogram, to be written by one thread at a time.
+
+    Args:
+        bounds: Upper bounds of its buckets, each included; what is beyond the last is counted too.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
 
 class Metrics:
     """The metrics of one served model.
 
+    Requests are counted in plain numbers, as a counter of prometheus_client costs each of them a lock or two.
+
     Args:
         runtime: The model.
         registry: Where to register; a fresh registry by default, never the global one.
+
+    Attributes:
+        in_flight: Inference requests being worked on.
+        requests: Inference requests ended, by status.
+        errors: Those that were refused or failed, by reason.
+        engine: What runs the model's forwards, where one does.
     """
 
     def __init__(self, runtime: Runtime, registry: CollectorRegistry | None = None) -> None:
-        # without it each counter brings a second series with its time of creation
-        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry if registry is not None else CollectorRegistry()
-        self._model = runtime.name
-        self._requests = self._counter("guardserve_requests_total")
-        self._errors = self._counter("guardserve_request_errors_total")
-        self._duration = self._histogram("guardserve_request_duration_seconds", LATENCY_BUCKETS)
-        self._forward = self._histogram("guardserve_forward_duration_seconds", LATENCY_BUCKETS)
-        self._batch = self._histogram("guardserve_batch_size", BATCH_BUCKETS)
-        description = METRICS["guardserve_requests_in_flight"]
-        self.in_flight = Gauge(
-            "guardserve_requests_in_flight", description.help, description.labels, registry=self.registry
-        ).labels(self._model)
+        self.in_flight = 0
         # a counter that appears with its first increment hides that increment from rate() and increase()
-        self._requests.labels(self._model, "200")
-        for reason in REASONS:
-            self._errors.labels(self._model, reason)
+        self.requests: Counter[int] = Counter({200: 0})
+        self.errors: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
+        self.duration = Distribution(LATENCY_BUCKETS)
+        self.forward = Distribution(LATENCY_BUCKETS)
+        self.batch = Distribution(BATCH_BUCKETS)
+        self.queue = Distribution(LATENCY_BUCKETS)
+        self.engine: Engine | None = None
+        self.registry.register(RequestCollector(runtime.name, self))
         self.registry.register(RuntimeCollector(runtime))
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -176,28 +211,49 @@ class Metrics:
             seconds: Time that it took.
             reason: One of :data:`REASONS` when it was refused or failed.
         """
-        self._requests.labels(self._model, str(status)).inc()
-        self._duration.observe(seconds)
+        self.requests[status] += 1
+        self.duration.observe(seconds)
         if reason is not None:
-            self._errors.labels(self._model, reason).inc()
+            self.errors[reason] += 1
 
     def forward_ended(self, rows: int, seconds: float) -> None:
         """Count a forward of ``rows`` samples."""
-        self._forward.observe(seconds)
-        self._batch.observe(rows)
+        self.forward.observe(seconds)
+        self.batch.observe(rows)
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _counter(self, name: str) -> Counter:
-        description = METRICS[name]
-        return Counter(name, description.help, description.labels, registry=self.registry)
 
-    def _histogram(self, name: str, buckets: tuple[float, ...]) -> Histogram:
-        description = METRICS[name]
-        family = Histogram(name, description.help, description.labels, buckets=buckets, registry=self.registry)
-        return family.labels(self._model)
+class RequestCollector(Collector):
+    """Reads what has become of requests at scrape time."""
+
+    def __init__(self, model: str, metrics: Metrics) -> None:
+        self._model = model
+        self._metrics = metrics
+
+    def describe(self) -> Iterator[Metric]:
+        """Describe what it collects, so that a part of it can be asked for."""
+        return self.collect()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics as they are now."""
+        metrics, model = self._metrics, self._model
+        counts = NO_ENGINE if metrics.engine is None else metrics.engine.counts
+        requests = sorted(metrics.requests.copy().items())
+        yield _family("guardserve_requests_total", [((model, str(status)), n) for status, n in requests])
+        yield _family(
+            "guardserve_request_errors_total", [((model, reason), metrics.errors[reason]) for reason in REASONS]
+        )
+        yield _family("guardserve_requests_in_flight", [((model,), metrics.in_flight)])
+        yield _histogram("guardserve_request_duration_seconds", model, metrics.duration)
+        yield _histogram("guardserve_forward_duration_seconds", model, metrics.forward)
+        yield _histogram("guardserve_batch_size", model, metrics.batch)
+        yield _family("guardserve_queue_size", [((model,), counts.waiting)])
+        yield _histogram("guardserve_queue_duration_seconds", model, metrics.queue)
+        yield _family("guardserve_faults_total", [((model, kind), counts.faults[kind]) for kind in FAULTS])
+        yield _family("guardserve_recoveries_total", [((model,), counts.recoveries)])
 
 
 class RuntimeCollector(Collector):
@@ -273,3 +329,11 @@ def _family(name: str, rows: Sequence[Row]) -> Metric:
     for values, value in rows:
         metric.add_metric(values, value)
     return metric
+
+
+def _histogram(name: str, model: str, distribution: Distribution) -> Metric:
+    _, text, labels = METRICS[name]
+    family = HistogramMetricFamily(name, text, labels=labels)
+    bounds = [*(repr(float(bound)) for bound in distribution.bounds), "+Inf"]
+    family.add_metric((model,), list(zip(bounds, accumulate(distribution.counts), strict=True)), distribution.sum)
+    return family

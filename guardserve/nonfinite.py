@@ -71,8 +71,17 @@ def find_nonfinite(value: object, path: str = "output") -> Iterator[NonFinite]:
         bad = ~_plain(tensor.detach()).isfinite()
         flat = bad.flatten()
         rows = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist() if bad.ndim else [0]
-        first = torch.unravel_index(flat.to(torch.uint8).argmax(), bad.shape) if bad.ndim else ()
-        yield NonFinite(name, int(flat.sum()), flat.numel(), tuple(rows), tuple(int(index) for index in first))
+        first = _index(int(flat.to(torch.uint8).argmax()), bad.shape)
+        yield NonFinite(name, int(flat.sum()), flat.numel(), tuple(rows), first)
+
+
+def _index(position: int, shape: torch.Size) -> tuple[int, ...]:
+    """Return the index of a position in row-major order; torch's own function imports all of sympy first."""
+    index: list[int] = []
+    for size in reversed(shape):
+        position, place = divmod(position, size)
+        index.append(place)
+    return tuple(reversed(index))
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from guardserve.audit.invariance import batch_variance
 from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputError
 from guardserve.fusion import check_fused, fuse, fusion_report
 from guardserve.guard import EvalGuard, HazardPolicy
 from guardserve.loading import LoadedModel
 from guardserve.monitor import Monitor, ReferenceProfile
-from guardserve.nonfinite import find_nonfinite
+from guardserve.nonfinite import NonFinite, find_nonfinite, is_finite
 from guardserve.outputs import named_outputs, output_specs
 from guardserve.signature import Signature, TensorSpec
-from guardserve.tracing import trace_nonfinite
+from guardserve.tracing import trace_nonfinite, unmonitored
 
 PROBE_SIZE = 32
 """What the start-up probe puts for a free input size other than the batch."""
@@ -32,6 +32,21 @@ _log = logging.getLogger(__name__)
 
 class ProbeError(GuardserveError):
     """The model failed its first forward."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one forward gave.
+
+    Attributes:
+        outputs: The outputs by name, each with a row for each sample, on the CPU.
+        finite: Whether none of them holds NaN or infinity.
+        p_values: How odd the monitor finds each sample, in the order of the rows; None when it cannot tell.
+    """
+
+    outputs: dict[str, torch.Tensor]
+    finite: bool
+    p_values: Sequence[float] | None = None
 
 
 class Runtime:
@@ -55,8 +70,10 @@ class Runtime:
 
     Attributes:
         failure: Why the model is not ready; None when it is.
+        failing: Whether that is a fault met since it started, which may pass: see :meth:`fail`.
         signature: Its inputs, and once it has started its outputs.
         static_batch: The only batch size that the model takes, None when it takes any.
+        apart: Why samples of different requests must not share a forward; None when they may.
         monitor: The monitor on its BatchNorm layers.
         nonfinite: Samples with a non-finite value, by ``("input" | "output", name)``.
     """
@@ -77,6 +94,8 @@ class Runtime:
         self.device = loaded.device
         self.signature = Signature(loaded.inputs)
         self.failure: str | None = "the model has not been probed yet"
+        self.failing = False
+        self.apart: str | None = None
         self.guard = EvalGuard(loaded.module, on_hazard=on_hazard, inference_mode=True, trace_interval=TRACE_INTERVAL)
         self.monitor = Monitor(
             loaded.module,
@@ -110,6 +129,9 @@ class Runtime:
         except Exception as error:
             self.failure = f"the start-up probe failed: {error}"
             raise ProbeError(self.failure) from error
+        self.apart = self._dependence()
+        if self.apart is not None:
+            _log.warning("requests to %s are not batched: %s", self.name, self.apart)
         self.monitor.reset()
         self.failure = None
         if not self.monitor.layers and not self.monitor.unobserved:
@@ -119,7 +141,7 @@ class Runtime:
 
     def close(self) -> None:
         """Let go of the model: remove every hook and give every module its own flag back."""
-        self.failure = "the model has been closed"
+        self.failure, self.failing = "the model has been closed", False
         self.monitor.close()
         try:
             if self._held:
@@ -128,14 +150,11 @@ class Runtime:
         finally:
             self.guard.close()
 
-    def infer(
-        self, inputs: Mapping[str, torch.Tensor], forward_time: Callable[[float], object] = lambda _: None
-    ) -> dict[str, torch.Tensor]:
-        """Run the model once.
+    def infer(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run the model once and insist on finite values.
 
         Args:
             inputs: One tensor for each input of the signature, batch first, on any device.
-            forward_time: Called with the seconds that the forward took, also when it raised.
 
         Returns:
             The outputs by name, on the CPU.
@@ -146,32 +165,83 @@ class Runtime:
             ModelOutputError: If an output cannot be served, as when it has not one row for each sample.
             TrainingModeError: If the forward moved running statistics; see :class:`guardserve.EvalGuard`.
         """
-        for name, tensor in inputs.items():
-            for bad in find_nonfinite(tensor, f"input {name!r}"):
-                self._count_nonfinite("input", name, len(bad.rows))
-                raise InputError(f"{bad}: send finite numbers")
-        started = time.perf_counter()
-        try:
-            return self._forward(inputs)
-        except NonFiniteOutputError as error:
-            _log.warning("%s: %s", self.name, error)
-            raise
-        finally:
-            forward_time(time.perf_counter() - started)
+        tensors = [inputs[spec.name] for spec in self.signature.inputs]
+        if not all(map(is_finite, tensors)):
+            raise InputError(f"{self.nonfinite_inputs(tensors)[0]}: send finite numbers")
+        result = self.forward(tensors)
+        if not result.finite:
+            raise self.nonfinite_outputs(result.outputs, tensors)[0]
+        return result.outputs
 
-    def _forward(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tensors = [inputs[spec.name].to(self.device) for spec in self.signature.inputs]
-        outputs = named_outputs(self.guard.run(*tensors), len(tensors[0]))
+    def forward(self, tensors: Sequence[torch.Tensor]) -> Forward:
+        """Run the model once, whatever values come and go.
+
+        Args:
+            tensors: One for each input of the signature, in its order, batch first, on any device.
+
+        Raises:
+            ModelOutputError: If an output cannot be served, as when it has not one row for each sample.
+            TrainingModeError: If the forward moved running statistics; see :class:`guardserve.EvalGuard`.
+        """
+        outputs = named_outputs(self.guard.run(*self._placed(tensors)), len(tensors[0]))
+        finite = all(map(is_finite, outputs.values()))
+        return Forward({name: tensor.to("cpu") for name, tensor in outputs.items()}, finite)
+
+    def nonfinite_inputs(self, tensors: Sequence[torch.Tensor]) -> list[NonFinite]:
+        """Find and count the inputs of one request that hold NaN or infinity."""
+        found = []
+        for spec, tensor in zip(self.signature.inputs, tensors, strict=True):
+            for bad in find_nonfinite(tensor, f"input {spec.name!r}"):
+                self._count_nonfinite("input", spec.name, len(bad.rows))
+                found.append(bad)
+        return found
+
+    def nonfinite_outputs(
+        self, outputs: Mapping[str, torch.Tensor], tensors: Sequence[torch.Tensor]
+    ) -> list[NonFiniteOutputError]:
+        """Find and count the outputs of one request that hold NaN or infinity, and look where that arose.
+
+        Args:
+            outputs: The request's rows of each output.
+            tensors: The request's inputs, with which the model is run once more to find the first bad module.
+
+        Returns:
+            An error for each such output.
+        """
         errors: list[NonFiniteOutputError] = []
         for name, tensor in outputs.items():
             try:
-                self.guard.check(tensor, name, lambda: trace_nonfinite(self.guard.module, *tensors))
+                self.guard.check(tensor, name, lambda: trace_nonfinite(self.guard.module, *self._placed(tensors)))
             except NonFiniteOutputError as error:  # noqa: PERF203 - each output is counted
                 self._count_nonfinite("output", name, len(error.rows))
+                _log.warning("%s: %s", self.name, error)
                 errors.append(error)
-        if errors:
-            raise errors[0]
-        return {name: tensor.to("cpu") for name, tensor in outputs.items()}
+        return errors
+
+    def fail(self, reason: str) -> None:
+        """Make the model unready for a fault that may outlast the request that met it."""
+        if self.failure is None or self.failing:
+            self.failure, self.failing = reason, True
+
+    def recover(self) -> None:
+        """Make a model that has failed ready again."""
+        if self.failing:
+            self.failure, self.failing = None, False
+
+    def self_test(self) -> None:
+        """Pass an example through the model, unseen by the monitor.
+
+        Raises:
+            ProbeError: If the forward raises, or an output is non-finite or cannot be served.
+        """
+        try:
+            with unmonitored():
+                self._probe_forward(1, PROBE_SIZE)
+        except Exception as error:
+            raise ProbeError(f"the self-test failed: {error}") from error
+
+    def _placed(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [tensor.to(self.device) for tensor in tensors]
 
     def _count_nonfinite(self, origin: str, name: str, rows: int) -> None:
         with self._counting:
@@ -179,11 +249,27 @@ class Runtime:
 
     def _probe(self) -> tuple[TensorSpec, ...]:
         """Run the model at batch size 1, then with every free size doubled to see which output sizes follow."""
-        small, large = (
-            self._forward({spec.name: spec.example(batch, size) for spec in self.signature.inputs})
-            for batch, size in ((1, PROBE_SIZE), (2, 2 * PROBE_SIZE))
-        )
+        small, large = (self._probe_forward(batch, size) for batch, size in ((1, PROBE_SIZE), (2, 2 * PROBE_SIZE)))
         return output_specs(small, large)
+
+    def _probe_forward(self, batch: int, size: int) -> dict[str, torch.Tensor]:
+        tensors = [spec.example(batch, size) for spec in self.signature.inputs]
+        result = self.forward(tensors)
+        if not result.finite:
+            raise self.nonfinite_outputs(result.outputs, tensors)[0]
+        return result.outputs
+
+    def _dependence(self) -> str | None:
+        """Say why a sample's answer would depend on what it is batched with."""
+        if self.static_batch is not None:
+            return f"the model takes batches of {self.static_batch} only"
+        example = tuple(self._placed([spec.example(2, PROBE_SIZE) for spec in self.signature.inputs]))
+        try:
+            with unmonitored():
+                variance = batch_variance(self.guard.module, example, sizes=(1, 2))
+        except Exception as error:  # noqa: BLE001 - a model may raise anything at a size that it was not probed with
+            return f"it could not be compared at batch sizes 1 and 2: {error}"
+        return None if variance is None else f"a sample's output depends on its batch mates: {variance}"
 
 
 def fuse_loaded(loaded: LoadedModel) -> LoadedModel:

@@ -50,8 +50,31 @@ class ServeSettings(BaseSettings):
     on_hazard: Literal["raise", "warn"] = Field(
         "raise", description="Refuse a model that eval mode cannot fix, or warn, count it and go on."
     )
-    max_batch_size: int = Field(64, ge=1, description="Most rows that one request may carry.")
+    max_batch_size: int = Field(64, ge=1, description="Most rows of one forward, and of one request.")
+    max_queue_size: int = Field(
+        256, ge=1, description="Most requests that wait for a forward; more are refused at once with 503."
+    )
+    max_queue_delay: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="Seconds that a request may wait for others to share its forward when the model is idle. "
+        "Requests that are there together share one in any case.",
+    )
     max_body_size: int = Field(64 * MIB, ge=1, description="Most bytes of a request body, after decompression.")
+    max_pending_size: int = Field(
+        512 * MIB, ge=1, description="Most bytes of all request bodies held at once; more are refused with 503."
+    )
+    request_timeout: float | None = Field(
+        60.0,
+        gt=0,
+        description="Seconds until a request without an answer gets 504; its parameter timeout, in microseconds, may "
+        "ask for fewer.",
+    )
+    body_timeout: float = Field(30.0, gt=0, description="Seconds that the body of a request may take to arrive.")
+    forward_timeout: float | None = Field(
+        60.0, gt=0, description="Seconds after which a forward counts as hanging: 504, and not ready until it recovers."
+    )
     shift_window: int = Field(256, ge=1, description="Samples in the recent window that the shift score judges.")
     shift_min_samples: int = Field(64, ge=1, description="Samples that the window must hold before it is judged.")
     shift_threshold: float = Field(
@@ -62,6 +85,11 @@ class ServeSettings(BaseSettings):
     )
     target_arl: float = Field(
         10_000, ge=100, le=100_000, description="With --reference, samples between false alarms, on average."
+    )
+    drain_delay: float = Field(
+        1.0,
+        ge=0,
+        description="Seconds between SIGTERM, when readiness fails, and the end of new connections.",
     )
     shutdown_timeout: int = Field(
         30,

@@ -26,6 +26,17 @@ def is_tracing() -> bool:
     return getattr(_state, "tracing", False)
 
 
+@contextmanager
+def unmonitored() -> Iterator[None]:
+    """Leave the forwards of this thread out of what a monitor sees."""
+    before = is_tracing()
+    _state.tracing = True
+    try:
+        yield
+    finally:
+        _state.tracing = before
+
+
 @dataclass(frozen=True)
 class NonFiniteOrigin:
     """Where a non-finite value came from.
@@ -148,11 +159,10 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                         break
 
         handles = [register_module_forward_pre_hook(entering), register_module_forward_hook(leaving)]
-        _state.tracing = True
         try:
-            yield
+            with unmonitored():
+                yield
         finally:
-            _state.tracing = False
             for handle in handles:
                 handle.remove()
 

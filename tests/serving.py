@@ -18,6 +18,7 @@ from guardserve.loading import LoadedModel
 from guardserve.runtime import Runtime
 from guardserve.service.app import create_app
 from guardserve.service.background import serve_in_background
+from guardserve.service.limits import Limits
 from guardserve.signature import TensorSpec
 
 TIMEOUT = 60.0
@@ -40,7 +41,7 @@ def loaded(module: nn.Module, *inputs: TensorSpec, name: str = "net") -> LoadedM
 def serving(module: nn.Module, *inputs: TensorSpec, max_body_size: int = 2**20) -> Iterator[httpx.Client]:
     """Serve a module in a thread; give a client once its start-up probe has ended, passed or not."""
     runtime = Runtime(loaded(module, *inputs))
-    app = create_app(runtime, max_batch_size=8, max_body_size=max_body_size)
+    app = create_app(runtime, limits=Limits(max_batch_size=8, max_body_size=max_body_size))
     with serve_in_background(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
         wait_until(lambda: runtime.failure is None or "failed" in runtime.failure)
         yield client

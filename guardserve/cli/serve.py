@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from typing import Any
 
 import click
 import torch
 import uvicorn
 
+from guardserve.audit import audit
 from guardserve.cli.options import Command, settings_options
+from guardserve.exceptions import GuardserveError
 from guardserve.loading import load_model
 from guardserve.monitor import ReferenceProfile
 from guardserve.runtime import Runtime, fuse_loaded
 from guardserve.service.app import create_app
+from guardserve.service.limits import Limits
+from guardserve.service.server import Server
 from guardserve.settings import load_settings
 
 
@@ -59,6 +64,7 @@ def serve(model: str, **options: Any) -> None:
         input_dtypes=settings.input_dtype,
         name=settings.name,
     )
+    findings = audit(loaded.module, ignore=["BN001"]).findings  # the guard holds it in eval mode, whatever it says
     if settings.fuse:
         loaded = fuse_loaded(loaded)
     runtime = Runtime(
@@ -73,10 +79,11 @@ def serve(model: str, **options: Any) -> None:
     app = create_app(
         runtime,
         model_version=settings.model_version,
-        max_batch_size=settings.max_batch_size,
-        max_body_size=settings.max_body_size,
+        limits=Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)}),
+        shutdown_timeout=settings.shutdown_timeout,
+        findings=findings,
     )
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
@@ -84,3 +91,7 @@ def serve(model: str, **options: Any) -> None:
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_timeout,
     )
+    server = Server(config, app.life, settings.drain_delay)
+    server.run()
+    if not server.started:
+        raise GuardserveError(f"the server did not start on {settings.host}:{settings.port}")

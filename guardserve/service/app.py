@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import HTTPException, RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import Receive, Scope, Send
 
 from guardserve import __version__
+from guardserve.audit.report import Finding
 from guardserve.metrics import Metrics
+from guardserve.page.endpoints import Page
 from guardserve.runtime import Runtime
 from guardserve.service.endpoints import ProtocolEndpoints, error_response, metrics_router
+from guardserve.service.gateway import Gateway
 from guardserve.service.inference import Inference
+from guardserve.service.life import Life, closing
+from guardserve.service.limits import Limits
+from guardserve.traffic import Traffic
+from guardserve.watch import Watch
 
 _log = logging.getLogger(__name__)
+
+
+class Service(FastAPI):
+    """The application: FastAPI for everything but the inference requests of the model, which go past it.
+
+    Attributes:
+        life: Where the server stands; whoever stops it says so here.
+        inference: The paths of inference requests, and what answers them.
+    """
+
+    life: Life
+    inference: tuple[frozenset[str], Gateway]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or run the lifespan."""
+        if scope["type"] == "http":
+            if self.life.closing:
+                send = closing(send)
+            paths, gateway = self.inference
+            if scope["path"] in paths and scope["method"] == "POST":
+                await gateway(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 def create_app(
     runtime: Runtime,
     *,
     model_version: str = "1",
-    max_batch_size: int = 64,
-    max_body_size: int = 64 * 2**20,
-) -> FastAPI:
+    limits: Limits | None = None,
+    shutdown_timeout: float = 30.0,
+    findings: Sequence[Finding] = (),
+) -> Service:
     """Build the application.
 
     It probes the model in the background once it runs, and closes the runtime when it stops.
@@ -34,36 +65,41 @@ def create_app(
     Args:
         runtime: The model to serve, not yet started.
         model_version: The model's version in URLs.
-        max_batch_size: Most rows that one request may carry.
-        max_body_size: Most bytes of a request body, after decompression.
+        limits: What is accepted.
+        shutdown_timeout: Seconds to finish accepted requests in when it stops.
+        findings: What the audit found in the model, for the page to show.
     """
     metrics = Metrics(runtime)
-    inference = Inference(
-        runtime,
-        metrics,
-        model_version=model_version,
-        max_batch_size=max_batch_size,
-        max_body_size=max_body_size,
-    )
+    limits = limits or Limits()
+    life = Life()
+    inference = Inference(runtime, metrics, limits, model_version)
+    gateway = Gateway(inference, metrics, limits)
+    watch = Watch(runtime, lambda: Traffic.of(metrics))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(inference.start())
+        inference.start()
+        watch.start()
         yield
-        await starting
-        inference.close()
+        life.close()
+        await inference.close(shutdown_timeout)
+        watch.close()
         runtime.close()
 
-    app = FastAPI(
+    app = Service(
         title="guardserve",
         version=__version__,
         summary=f"Serves {runtime.name} behind BatchNorm safeguards.",
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    endpoints = ProtocolEndpoints(runtime, inference, metrics, model_version=model_version, max_body_size=max_body_size)
+    app.life = life
+    endpoints = ProtocolEndpoints(runtime, gateway, life, model_version=model_version)
+    app.inference = endpoints.infer_paths, gateway
     app.include_router(endpoints.router())
     app.include_router(metrics_router(metrics))
+    # the page's streams do not end by themselves
+    app.include_router(Page(watch, findings, lambda: life.draining).router())
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _unexpected)

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from fastapi import FastAPI
 
 from guardserve.exceptions import GuardserveError
+from guardserve.service.app import Service
+from guardserve.service.server import Server
 
 START_TIMEOUT = 60.0
 
 
 @contextmanager
-def serve_in_background(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def serve_in_background(app: Service, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """Run an application under uvicorn until the block ends.
 
     Args:
@@ -30,7 +31,7 @@ def serve_in_background(app: FastAPI, host: str = "127.0.0.1", port: int = 0) ->
     Raises:
         GuardserveError: If the server does not start.
     """
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
+    server = Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False), app.life)
     thread = threading.Thread(target=server.run, name="guardserve-server")
     thread.start()
     try:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from http import HTTPStatus
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.exceptions import HTTPException
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
 
 from guardserve import __version__
 from guardserve.metrics import CONTENT_TYPE, Metrics
 from guardserve.runtime import Runtime
-from guardserve.service.inference import Answer, Inference
+from guardserve.service.answer import Answer, refusal
+from guardserve.service.gateway import Gateway
+from guardserve.service.life import Life
 from guardserve.service.protocol import model_metadata, server_metadata
 from guardserve.service.schemas import ErrorBody, InferenceRequest, InferenceResponse, ModelMetadata, ServerMetadata
-
-CLIENT_CLOSED_REQUEST = 499
-"""Counted for a client that went away before its request was whole; nobody is left to receive it."""
 
 BINARY_BODY = "The JSON, its byte count in the header Inference-Header-Content-Length, then the tensors."
 
@@ -47,26 +44,28 @@ class ProtocolEndpoints:
 
     Args:
         runtime: The model.
-        inference: What answers its requests.
-        metrics: Where they are counted.
+        gateway: What answers its requests. They do not come this way; here they are documented, and others refused.
+        life: Where the server stands.
         model_version: The model's version in URLs.
-        max_body_size: Most bytes of a request body.
     """
 
-    def __init__(
-        self, runtime: Runtime, inference: Inference, metrics: Metrics, *, model_version: str, max_body_size: int
-    ) -> None:
+    def __init__(self, runtime: Runtime, gateway: Gateway, life: Life, *, model_version: str) -> None:
         self._runtime = runtime
-        self._inference = inference
-        self._metrics = metrics
+        self._gateway = gateway
+        self._life = life
         self._model_version = model_version
-        self._max_body_size = max_body_size
+
+    @property
+    def infer_paths(self) -> frozenset[str]:
+        """The paths of the model's inference requests."""
+        model = f"/v2/models/{self._runtime.name}"
+        return frozenset({f"{model}/infer", f"{model}/versions/{self._model_version}/infer"})
 
     def router(self) -> APIRouter:
         """Build the router."""
         router = APIRouter(tags=["Open Inference Protocol V2"])
         answers: dict[int | str, dict[str, Any]] = {200: {"model": InferenceResponse}}
-        answers |= {code: {"model": ErrorBody} for code in (400, 404, 413, 415, 500, 503)}
+        answers |= {code: {"model": ErrorBody} for code in (400, 401, 404, 408, 413, 415, 500, 503, 504)}
         unready: dict[int | str, dict[str, Any]] = {503: {"model": ErrorBody}}
         router.get("/v2")(self.server)
         # some load balancers ask for health by HEAD
@@ -101,9 +100,10 @@ class ProtocolEndpoints:
         return Response()
 
     async def ready(self) -> Response:
-        """Tell whether the model has passed its start-up probe."""
-        if self._runtime.failure is not None:
-            return error_response(HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {self._runtime.failure}")
+        """Tell whether the model works and the server is not about to stop."""
+        failure = "the server is stopping" if self._life.draining else self._runtime.failure
+        if failure is not None:
+            return error_response(HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {failure}")
         return Response()
 
     async def metadata(self, model: str, version: str | None = None) -> ModelMetadata:
@@ -119,32 +119,17 @@ class ProtocolEndpoints:
         self._require(model, version)
         return await self.ready()
 
-    async def infer(self, request: Request, model: str, version: str | None = None) -> Response:
+    async def infer(self, model: str, version: str | None = None) -> Response:
         """Run the model on one batch of samples."""
-        started = time.perf_counter()
-        answer = Answer(HTTPStatus.INTERNAL_SERVER_ERROR, reason="internal")
-        try:
-            with self._metrics.in_flight.track_inprogress():
-                answer = await self._answer(request, model, version)
-        finally:
-            self._metrics.request_ended(answer.status, time.perf_counter() - started, answer.reason)
-        if answer.reason is not None:
-            return error_response(answer.status, answer.error)
-        return Response(answer.body, answer.status, answer.headers)
+        answer = await self._gateway.counted(self._unknown(model, version))
+        return Response(answer.body, answer.status, media_type="application/json")
 
-    async def _answer(self, request: Request, model: str, version: str | None) -> Answer:
+    async def _unknown(self, model: str, version: str | None) -> Answer:
         try:
             self._require(model, version)
         except HTTPException as error:
-            return Answer(error.status_code, reason="not_found", error=error.detail)
-        try:
-            body = await _read(request, self._max_body_size)
-        except ClientDisconnect:
-            return Answer(CLIENT_CLOSED_REQUEST, reason="disconnected", error="the request was not whole")
-        if body is None:
-            text = f"the request's body is larger than {self._max_body_size} bytes: send fewer rows at once"
-            return Answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason="too_large", error=text)
-        return await self._inference.answer(body, request.headers)
+            return refusal(error.status_code, "not_found", error.detail)
+        return refusal(404, "not_found", f"the path of {model!r} must be written plainly")
 
     def _require(self, model: str, version: str | None) -> None:
         if model != self._runtime.name:
@@ -177,18 +162,3 @@ def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
     if "$ref" in schema:
         return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     return {key: _inlined(item, definitions) for key, item in schema.items()}
-
-
-async def _read(request: Request, limit: int) -> bytes | None:
-    """Read a request's body, giving up (None) as soon as it is larger than ``limit`` bytes."""
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        return None
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            return None
-        chunks.append(chunk)
-    return b"".join(chunks)

@@ -1,110 +1,243 @@
-"""One inference request, from its bytes to the bytes of its answer."""
+"""Inference requests on the event loop: read, queued for the engine, waited for, written."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from typing import Any, Literal, TypeAlias, TypeVar
 
-from guardserve.exceptions import GuardserveError, InputError, ModelOutputError, NonFiniteOutputError, TrainingModeError
+import torch
+
+from guardserve.engine import Engine, Job
+from guardserve.exceptions import GuardserveError
 from guardserve.metrics import Metrics
 from guardserve.runtime import Runtime
-from guardserve.service.protocol import ProtocolError, decompress, parse_request, render_response
+from guardserve.service.answer import CLIENT_CLOSED_REQUEST, RETRY_AFTER, Answer, failure, refusal
+from guardserve.service.body import json_member
+from guardserve.service.limits import Limits
+from guardserve.service.protocol import InferRequest, ProtocolError, decompress, parse_request, render_response
+
+Receive: TypeAlias = Callable[[], Awaitable[Any]]
+Outcome: TypeAlias = Literal["done", "expired", "gone"]
+T = TypeVar("T")
+
+SMALL = 256 * 1024
+"""Bytes up to which a body or an answer is read or written on the event loop; more would keep it from others."""
+
+PATROL_INTERVAL = 0.05
+"""Seconds between two looks at the requests that wait: for their deadlines, and for clients that have gone."""
+
+MICROSECOND = 1e-6
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """An answer ready to be sent.
+class Pending(Job):
+    """A request that a client waits for."""
 
-    Attributes:
-        status: HTTP status.
-        body: Its bytes; for a failure empty, and ``error`` says what went wrong.
-        headers: HTTP headers.
-        reason: One of :data:`guardserve.metrics.REASONS` for a failure.
-        error: What the client is told about it.
-    """
+    __slots__ = ("arrived", "deadline", "outcome", "receive", "watch")
 
-    status: int
-    body: bytes = b""
-    headers: Mapping[str, str] | None = None
-    reason: str | None = None
-    error: str = ""
+    def __init__(self, inputs: Sequence[torch.Tensor], receive: Receive, deadline: float | None) -> None:
+        super().__init__(inputs)
+        self.arrived = time.monotonic()
+        self.deadline = deadline
+        self.receive = receive
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.watch: asyncio.Task[None] | None = None
+
+    def settle(self, outcome: Outcome) -> None:
+        """Say how it ended; the first one to say so is right."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
 
 
 class Inference:
-    """Answers inference requests on one worker thread, so that the event loop never waits for a forward.
+    """Answers inference requests through an engine.
+
+    Everything but the engine's own thread runs on the event loop. Requests that arrive in one round of the loop are
+    handed over together, and come back so.
 
     Args:
         runtime: The model.
-        metrics: Where forwards are counted.
+        metrics: Where what happens is counted.
+        limits: What is accepted.
         model_version: What answers call the model's version.
-        max_batch_size: Most rows that a request may carry.
-        max_body_size: Most bytes of its body after decompression.
     """
 
-    def __init__(
-        self, runtime: Runtime, metrics: Metrics, *, model_version: str, max_batch_size: int, max_body_size: int
-    ) -> None:
+    def __init__(self, runtime: Runtime, metrics: Metrics, limits: Limits, model_version: str) -> None:
         self._runtime = runtime
         self._metrics = metrics
+        self._limits = limits
         self._model_version = model_version
         # a model that takes one batch size only takes that, whatever the limit
-        self._max_batch_size = max(max_batch_size, runtime.static_batch or 1)
-        self._max_body_size = max_body_size
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardserve-forward")
+        self._max_batch_size = max(limits.max_batch_size, runtime.static_batch or 1)
+        self._engine = Engine(
+            runtime,
+            self._deliver,
+            max_batch_size=self._max_batch_size,
+            max_queue_size=limits.max_queue_size,
+            max_queue_delay=limits.max_queue_delay,
+            forward_timeout=limits.forward_timeout,
+            forward_ended=metrics.forward_ended,
+        )
+        metrics.engine = self._engine
+        self._coder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardserve-coder")
+        self._pending: dict[Pending, None] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._patrolling = False
+        self._arrivals = 0
+        self._arrivals_seen = 0
 
-    async def start(self) -> None:
-        """Probe the model; a failure is logged, and readiness says no."""
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._worker, self._runtime.start)
-        except GuardserveError as error:
-            _log.error("%s is not ready: %s", self._runtime.name, error, exc_info=error.__cause__)
-        else:
-            _log.info("%s is ready", self._runtime.name)
+    def start(self) -> None:
+        """Start the engine, which probes the model; call it on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._engine.start()
 
-    def close(self) -> None:
-        """Finish the work that was accepted, then stop the worker."""
-        self._worker.shutdown()
+    async def close(self, timeout: float | None) -> None:
+        """Finish the work that was accepted, for so many seconds, then stop the engine."""
+        await asyncio.get_running_loop().run_in_executor(None, self._engine.close, timeout)
+        self._coder.shutdown(wait=False)
 
-    async def answer(self, body: bytes, headers: Mapping[str, str]) -> Answer:
-        """Answer one request, given its body and its headers with lower-case names."""
+    async def answer(self, body: bytes, headers: Mapping[bytes, bytes], receive: Receive) -> Answer:
+        """Answer one request.
+
+        Args:
+            body: Its body, all of it.
+            headers: Its headers by their lower-case names.
+            receive: ASGI's channel, on which a client that goes away is noticed.
+        """
         if self._runtime.failure is not None:
-            return Answer(503, reason="not_ready", error=f"the model is not ready: {self._runtime.failure}")
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._answer, body, headers)
-
-    def _answer(self, body: bytes, headers: Mapping[str, str]) -> Answer:
+            return refusal(503, "not_ready", f"the model is not ready: {self._runtime.failure}", RETRY_AFTER)
+        small = len(body) <= SMALL and b"content-encoding" not in headers
         try:
-            return self._work(body, headers)
-        except ProtocolError as error:
-            return Answer(error.status, reason=error.reason, error=str(error))
-        except InputError as error:
-            return Answer(400, reason="invalid_input", error=str(error))
-        except NonFiniteOutputError as error:
-            return Answer(500, reason="nonfinite_output", error=f"the model gave a non-finite output: {error}")
-        except (ModelOutputError, TrainingModeError) as error:
-            return Answer(500, reason="model_error", error=str(error))
-        except BaseException as error:  # noqa: BLE001 - a model may raise anything, and the server lives on
-            # its message may hold what a client should not see: paths, weights, other clients' data
-            _log.exception("the forward of %s failed", self._runtime.name)
-            text = f"the model raised {type(error).__name__} on this input; the server's log has the details"
-            return Answer(500, reason="model_error", error=text)
+            request = await self._work(functools.partial(self._read, body, headers), here=small)
+            job = self._submit(request, receive)
+        except GuardserveError as error:
+            return failure(error, self._runtime.name)
+        try:
+            outcome = await job.outcome
+        finally:
+            self._forget(job)
+        if outcome == "gone":
+            return refusal(CLIENT_CLOSED_REQUEST, "disconnected", "the client has gone")
+        if outcome == "expired" or job.result is None:
+            return refusal(504, "timeout", "the request's time was over before the model had answered")
+        if job.result.error is not None:
+            return failure(job.result.error, self._runtime.name)
+        outputs = job.result.outputs
+        small = sum(tensor.numel() for tensor in outputs.values()) * 8 <= SMALL
+        return await self._work(functools.partial(self._write, outputs, request), here=small)
 
-    def _work(self, body: bytes, headers: Mapping[str, str]) -> Answer:
-        runtime = self._runtime
-        body = decompress(body, headers.get("content-encoding"), self._max_body_size)
-        request = parse_request(
+    async def _work(self, function: Callable[[], T], *, here: bool) -> T:
+        """Call a function that takes long where it keeps nobody waiting."""
+        if here or self._loop is None:
+            return function()
+        return await self._loop.run_in_executor(self._coder, function)
+
+    def _read(self, body: bytes, headers: Mapping[bytes, bytes]) -> InferRequest:
+        encoding = headers.get(b"content-encoding")
+        if encoding is not None or len(body) > self._limits.max_body_size:
+            body = decompress(
+                body, None if encoding is None else encoding.decode("latin-1"), self._limits.max_body_size
+            )
+        length = headers.get(b"inference-header-content-length")
+        return parse_request(
             body,
-            headers.get("inference-header-content-length"),
-            runtime.signature,
+            None if length is None else length.decode("latin-1"),
+            self._runtime.signature,
             max_batch_size=self._max_batch_size,
         )
-        rows = len(next(iter(request.inputs.values())))
-        outputs = runtime.infer(request.inputs, lambda seconds: self._metrics.forward_ended(rows, seconds))
-        rendered, answer_headers = render_response(
-            outputs, request, model_name=runtime.name, model_version=self._model_version
-        )
-        return Answer(200, rendered, answer_headers)
+
+    def _write(self, outputs: Mapping[str, torch.Tensor], request: InferRequest) -> Answer:
+        try:
+            body, headers = render_response(
+                outputs, request, model_name=self._runtime.name, model_version=self._model_version
+            )
+        except ProtocolError as error:
+            return failure(error, self._runtime.name)
+        return Answer(200, body, [(name.encode(), value.encode()) for name, value in headers.items()])
+
+    def _submit(self, request: InferRequest, receive: Receive) -> Pending:
+        loop = asyncio.get_running_loop()
+        timeout, own = self._timeout(request)
+        job = Pending(list(request.inputs.values()), receive, None if timeout is None else time.monotonic() + timeout)
+        self._engine.submit(job)
+        self._pending[job] = None
+        if own and timeout is not None:
+            loop.call_later(timeout, self._expire, job)
+        if not self._patrolling:
+            self._patrolling = True
+            loop.call_later(PATROL_INTERVAL, self._patrol)
+        if self._arrivals == 0:
+            loop.call_soon(self._hand_over)
+        self._arrivals += 1
+        return job
+
+    def _timeout(self, request: InferRequest) -> tuple[float | None, bool]:
+        """Return the seconds that a request may take, and whether it said so itself, in microseconds."""
+        micros = json_member(request.parameters, "timeout", int, "the request's parameters")
+        default = self._limits.request_timeout
+        if not micros:
+            return default, False
+        if micros < 0:
+            raise ProtocolError(f"timeout of the request's parameters is {micros}, not a number of microseconds")
+        seconds = micros * MICROSECOND
+        return (seconds, True) if default is None or seconds < default else (default, False)
+
+    def _hand_over(self) -> None:
+        """Wake the engine once a round of the loop has brought nothing new."""
+        loop = asyncio.get_running_loop()
+        if self._arrivals > self._arrivals_seen:
+            self._arrivals_seen = self._arrivals
+            loop.call_soon(self._hand_over)
+            return
+        self._arrivals = self._arrivals_seen = 0
+        self._engine.wake()
+
+    def _deliver(self, jobs: Sequence[Job]) -> None:
+        """Take back a batch, on the engine's thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop was closed, with nobody left to wait for an answer
+                self._loop.call_soon_threadsafe(self._settle, jobs)
+
+    def _settle(self, jobs: Sequence[Any]) -> None:
+        for job in jobs:
+            self._metrics.queue.observe(job.began_at - job.queued_at)
+            job.settle("done")
+
+    def _expire(self, job: Pending) -> None:
+        self._engine.drop(job)
+        job.settle("expired")
+
+    def _forget(self, job: Pending) -> None:
+        """Let go of a request whose handler goes on, or is cancelled."""
+        self._pending.pop(job, None)
+        if job.watch is not None:
+            job.watch.cancel()
+        self._engine.drop(job)
+
+    def _patrol(self) -> None:
+        """Expire what is past its deadline, and watch the clients of what takes long."""
+        now = time.monotonic()
+        for job in list(self._pending):
+            if job.deadline is not None and job.deadline <= now:
+                self._expire(job)
+            elif job.watch is None and now - job.arrived >= PATROL_INTERVAL:
+                job.watch = asyncio.get_running_loop().create_task(self._watch(job))
+        self._patrolling = bool(self._pending)
+        if self._patrolling:
+            asyncio.get_running_loop().call_later(PATROL_INTERVAL, self._patrol)
+
+    async def _watch(self, job: Pending) -> None:
+        """Drop a request whose client goes away."""
+        while True:
+            message = await job.receive()
+            if message["type"] == "http.disconnect":
+                self._engine.drop(job)
+                job.settle("gone")
+                return

@@ -1,0 +1,152 @@
+"""The way of an inference request through ASGI, without a web framework in between."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from guardserve.metrics import Metrics
+from guardserve.service.answer import CLIENT_CLOSED_REQUEST, RETRY_AFTER, Answer, refusal
+from guardserve.service.inference import Inference
+from guardserve.service.limits import Limits
+
+_log = logging.getLogger(__name__)
+
+INTERNAL = refusal(500, "internal", "internal error; the server's log has the details")
+DISCONNECTED = refusal(CLIENT_CLOSED_REQUEST, "disconnected", "the request was not whole")
+CLOSE = ((b"connection", b"close"),)
+
+
+class RefusedBodyError(Exception):
+    """A body that is not read to its end; its argument is the answer."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status)
+        self.answer = answer
+
+
+class Gateway:
+    """An ASGI application that answers inference requests for one model.
+
+    Args:
+        inference: What answers a request once it is whole.
+        metrics: Where it is counted.
+        limits: What is accepted.
+    """
+
+    def __init__(self, inference: Inference, metrics: Metrics, limits: Limits) -> None:
+        self._inference = inference
+        self._metrics = metrics
+        self._limits = limits
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        answer = await self.counted(self._answer(scope, receive))
+        headers = [*answer.headers, (b"content-length", b"%d" % len(answer.body))]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.body})
+
+    async def counted(self, answering: Awaitable[Answer]) -> Answer:
+        """Await the answer to an inference request, and count it."""
+        started = time.perf_counter()
+        metrics = self._metrics
+        metrics.in_flight += 1
+        answer = INTERNAL
+        try:
+            answer = await answering
+        except Exception:  # noqa: BLE001 - a fault of ours is an answer too, and counted
+            _log.exception("an inference request failed")
+        finally:
+            metrics.in_flight -= 1
+            metrics.request_ended(answer.status, time.perf_counter() - started, answer.reason)
+        return answer
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Answer:
+        headers: Mapping[bytes, bytes] = dict(scope["headers"])
+        held = _Held(self)
+        try:
+            length = headers.get(b"content-length", b"")
+            if length.isdigit():
+                self.check(int(length[:18]))
+            message = await receive()
+            if message.get("more_body"):
+                body = await self._whole(message, held, receive)
+            else:
+                body = held.add(message)
+            return await self._inference.answer(body, headers, receive)
+        except RefusedBodyError as refused:
+            return refused.answer
+        finally:
+            held.release()
+
+    async def _whole(self, first: Any, held: _Held, receive: Receive) -> bytes:
+        """Read a body that comes in pieces."""
+        try:
+            return await asyncio.wait_for(held.rest(first, receive), self._limits.body_timeout)
+        except (asyncio.TimeoutError, TimeoutError):
+            text = f"the request's body took longer than {self._limits.body_timeout:g} s to arrive"
+            raise RefusedBodyError(refusal(408, "slow_body", text, CLOSE)) from None
+
+    def hold(self, size: int) -> None:
+        """Hold so many bytes more of bodies.
+
+        Raises:
+            RefusedBodyError: If too many are held.
+        """
+        if self._held + size > self._limits.max_pending_size:
+            text = "the server holds as many requests as it can: try again later"
+            raise RefusedBodyError(refusal(503, "overloaded", text, RETRY_AFTER))
+        self._held += size
+
+    def release(self, size: int) -> None:
+        """Hold so many bytes less."""
+        self._held -= size
+
+    def check(self, size: int) -> None:
+        """Refuse a body of more bytes than allowed.
+
+        Raises:
+            RefusedBodyError: If it has.
+        """
+        if size > self._limits.max_body_size:
+            text = f"the request's body is larger than {self._limits.max_body_size} bytes: send fewer rows at once"
+            raise RefusedBodyError(refusal(413, "too_large", text))
+
+
+class _Held:
+    """The bytes of one body that are held."""
+
+    __slots__ = ("_gateway", "_size")
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._size = 0
+
+    def add(self, message: Any) -> bytes:
+        """Take one piece."""
+        if message["type"] == "http.disconnect":
+            raise RefusedBodyError(DISCONNECTED)
+        body: bytes = message["body"]
+        self._gateway.check(self._size + len(body))
+        self._gateway.hold(len(body))
+        self._size += len(body)
+        return body
+
+    async def rest(self, message: Any, receive: Receive) -> bytes:
+        """Take every piece."""
+        chunks = [self.add(message)]
+        while message.get("more_body"):
+            message = await receive()
+            chunks.append(self.add(message))
+        return b"".join(chunks)
+
+    def release(self) -> None:
+        """Let go of all."""
+        self._gateway.release(self._size)
+        self._size = 0

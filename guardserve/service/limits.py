@@ -1,0 +1,32 @@
+"""What a client may ask of the server, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is accepted, and how long it may take; each is an option of ``guardserve serve``.
+
+    Attributes:
+        max_batch_size: Most rows of one forward, and of one request.
+        max_queue_size: Most requests that wait for a forward; more are refused with 503.
+        max_queue_delay: Seconds that a request may wait for others to share its forward when the model is idle.
+        max_body_size: Most bytes of a request body, after decompression.
+        max_pending_size: Most bytes of all request bodies that are held at once; more are refused with 503.
+        request_timeout: Seconds until a request that has no answer yet gets 504; None for none.
+        body_timeout: Seconds that the body of a request may take to arrive.
+        forward_timeout: Seconds after which a forward counts as hanging; None for never.
+    """
+
+    max_batch_size: int = 64
+    max_queue_size: int = 256
+    max_queue_delay: float = 0.0
+    max_body_size: int = 64 * MIB
+    max_pending_size: int = 512 * MIB
+    request_timeout: float | None = 60.0
+    body_timeout: float = 30.0
+    forward_timeout: float | None = 60.0
