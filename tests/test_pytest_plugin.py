@@ -165,3 +165,57 @@ def test_a_tolerance_may_be_given_and_sizes_must_differ() -> None:
     assert batch_variance(MeanOverBatch(), torch.randn(4, 3), rtol=1e9) is None
     with pytest.raises(ValueError, match=r"sizes=\(3, 3\): give at least two different"):
         batch_variance(model, torch.randn(4, 3), sizes=(3, 3))
+
+
+class Impure(nn.Module):
+    """Counts its calls, draws random numbers, and fails at one size."""
+
+    def __init__(self, noise: float = 0.0, only: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.calls: list[int] = []
+        self.noise = noise
+        self.only = only
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise, and leave traces."""
+        self.calls.append(len(x))
+        self.norm.get_buffer("running_mean").add_(1)
+        if len(x) == self.only:
+            raise ValueError("not this one")
+        y: torch.Tensor = self.norm(x)
+        return y + self.noise * torch.randn_like(y)
+
+
+def test_the_users_model_and_random_numbers_are_left_alone() -> None:
+    """A copy is run, from the same state for each size, so that what a model remembers is no variance."""
+    model, state = Impure(), torch.get_rng_state()
+    assert batch_variance(model, torch.randn(4, 3, generator=torch.Generator().manual_seed(0))) is None
+    variance = batch_variance(Impure(only=2), torch.ones(4, 3))
+    assert variance is not None
+    assert str(variance) == "it fails at batch size 2: ValueError: not this one"
+    assert not model.calls
+    assert model.norm.running_mean is not None
+    assert bool((model.norm.running_mean == 0).all())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_random_output_is_told_as_such() -> None:
+    """Chance is not taken for the batch."""
+    variance = batch_variance(Impure(noise=1.0), torch.randn(4, 3))
+    assert variance is not None
+    assert variance.random
+    assert "with another seed, in eval mode too" in str(variance)
+
+
+def test_a_model_that_cannot_be_copied_is_not_run() -> None:
+    """Rather than altered."""
+
+    class Refusing(Impure):
+        def __deepcopy__(self, memo: object) -> Refusing:
+            raise TypeError("one is enough")
+
+    model = Refusing()
+    with pytest.raises(ValueError, match=r"Refusing was not run: it cannot be copied \(TypeError: one is enough\)"):
+        batch_variance(model, torch.randn(4, 3))
+    assert not model.calls

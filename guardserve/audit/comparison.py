@@ -74,16 +74,44 @@ def sample_of(output: Any, place: int, rows: int, alone: Mapping[str, torch.Size
         rows: Number of samples in the batch.
         alone: Shapes of what the model returned for one sample alone, by path.
     """
-    if alone is not None and isinstance(output, (list, tuple)) and len(output) == rows and _one_entry(alone):
-        yield from whole(output[place], "output[0]")
-        return
-    for path, tensor in named_tensors(output):
-        if alone is None:
-            axis = (0, len(tensor) // rows) if tensor.ndim and len(tensor) and len(tensor) % rows == 0 else None
-        else:
-            axis = _batch_axis(tensor.shape, alone[path], rows) if path in alone else None
+    for path, tensor, axis in _axes(output, place, rows, alone, "output"):
         if axis is not None:
-            yield Part(path, tensor.narrow(axis[0], place * axis[1], axis[1]), _largest(tensor))
+            values = tensor.narrow(axis[0], place * axis[1], axis[1]) if axis[1] else tensor
+            yield Part(path, values, _largest(tensor))
+
+
+def shared_of(output: Any, rows: int, alone: Mapping[str, torch.Size] | None = None) -> Iterator[Part]:
+    """Yield the parts of an output that belong to the batch as a whole; see :func:`sample_of`."""
+    for path, tensor, axis in _axes(output, 0, rows, alone, "output"):
+        if axis is None and tensor.numel():
+            yield Part(path, tensor, _largest(tensor))
+
+
+_WHOLE = (0, 0)
+"""The axis and the length for one sample of a tensor that belongs to one sample as it is."""
+
+
+def _axes(
+    output: Any, place: int, rows: int, alone: Mapping[str, torch.Size] | None, path: str
+) -> Iterator[tuple[str, torch.Tensor, tuple[int, int] | None]]:
+    """Yield the path of each tensor for a sample alone, the tensor, and its batch axis with its length for a sample."""
+    if isinstance(output, torch.Tensor):
+        if alone is None:
+            axis = (0, len(output) // rows) if output.ndim and len(output) and len(output) % rows == 0 else None
+        else:
+            axis = _batch_axis(output.shape, alone[path], rows) if path in alone else None
+        yield path, output, axis
+    elif isinstance(output, Mapping):
+        for key, item in output.items():
+            yield from _axes(item, place, rows, alone, f"{path}[{key!r}]")
+    elif isinstance(output, (list, tuple)):
+        if alone is not None and len(output) == rows and _one_entry(alone, path):
+            yield from ((name, tensor, _WHOLE) for name, tensor in named_tensors(output[place], f"{path}[0]"))
+            return
+        for index, item in enumerate(output):
+            yield from _axes(item, place, rows, alone, f"{path}[{index}]")
+    else:
+        yield from ((name, tensor, None) for name, tensor in named_tensors(output, path))
 
 
 def whole(output: Any, path: str = "output") -> Iterator[Part]:
@@ -97,8 +125,10 @@ def shapes_of(output: Any) -> dict[str, torch.Size]:
     return {path: tensor.shape for path, tensor in named_tensors(output)}
 
 
-def _one_entry(alone: Mapping[str, torch.Size]) -> bool:
-    return bool(alone) and all(path.startswith("output[0]") for path in alone)
+def _one_entry(alone: Mapping[str, torch.Size], path: str) -> bool:
+    """Tell whether a list holds one entry for a sample alone."""
+    inside = [name for name in alone if name.startswith(f"{path}[")]
+    return bool(inside) and all(name.startswith(f"{path}[0]") for name in inside)
 
 
 def _batch_axis(shape: torch.Size, alone: torch.Size, rows: int) -> tuple[int, int] | None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     Model: TypeAlias = nn.Module | ExportedProgram | Mapping[str, torch.Tensor]
 
+_PROBES = "BN1"
+"""What the codes of the rules start with that run the model."""
+
 _log = logging.getLogger(__name__)
 
 RULE_MODULES = (mode_rules, statistics_rules, structure_rules, probe_rules)
@@ -53,7 +56,8 @@ def audit_subject(subject: Subject, *, select: Iterable[str] = (), ignore: Itera
     findings: list[Finding] = []
     skipped: list[Skipped] = []
     ran: list[str] = []
-    for rule in find_rules(select, ignore):
+    rules = find_rules(select, ignore)
+    for rule in rules:
         hits: list[Hit] = []
         try:
             with torch.no_grad():
@@ -71,14 +75,16 @@ def audit_subject(subject: Subject, *, select: Iterable[str] = (), ignore: Itera
             _log.debug("%s", rule.code, exc_info=error)
             skipped.append(Skipped(rule.code, f"the check itself failed: {type(error).__name__}: {error}"))
         findings += rule.findings(hits)
-    return Report(str(subject), tuple(findings), tuple(ran), tuple(skipped))
+    probed = any(rule.code.startswith(_PROBES) for rule in rules)
+    refusal = subject.refusal if probed else None
+    return Report(str(subject), tuple(findings), tuple(ran), tuple(skipped), refusal)
 
 
 def _subject(model: Any, example: Any) -> Subject:
     if isinstance(model, nn.Module):
         return Subject.of_module(model, example)
     if isinstance(model, Mapping) and all(isinstance(key, str) for key in model):
-        return Subject.of_state_dict(model)
+        return Subject.of_state_dict(model, example)
     if type(model).__module__.startswith("torch.export"):
         return Subject.of_program(model, example)
     raise TypeError(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from guardserve.audit.report import join
 from guardserve.exceptions import InputError
 from guardserve.nonfinite import is_finite
 
@@ -20,39 +23,52 @@ WILD = 2
 
 @dataclass(frozen=True)
 class Example:
-    """Inputs of a forward, several rows of them; the first axis of each tensor is the batch.
+    """Inputs of a forward, several rows of them; the first axis of a tensor is the batch.
 
     Attributes:
         args: Positional inputs.
         kwargs: Keyword inputs.
-        rows: Number of rows. A tensor whose first axis has another size has no batch axis, and is passed on as it is.
+        rows: Number of rows.
+        batched: Places, among all leaves of the inputs, of the tensors that have a batch axis; the others are passed
+            on as they are.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rows: int
+    batched: frozenset[int]
 
     @classmethod
     def of(cls, value: Any, model: nn.Module) -> Example:
         """Read a tensor, a tuple of them, or a dict of them by parameter name, and put it on the model's device.
 
-        A dict goes to a forward as keywords if it takes them, else as its one argument.
+        A dict goes to a forward as keywords if it takes them, else as its one argument. The batch is what most tensors
+        have for a first axis, or else the first one that is longer than 1.
 
         Raises:
-            InputError: It holds no tensor with a batch axis.
+            InputError: It holds no tensor with a batch axis, or names that the forward does not take.
         """
         args, kwargs = (tuple(value), {}) if isinstance(value, (tuple, list)) else ((value,), {})
         if isinstance(value, Mapping) and _takes(model, value):
             args, kwargs = (), dict(value)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        rows = next((len(tensor) for tensor in tensors if tensor.ndim), 0)
+        device = next((parameter.device for parameter in model.parameters()), None)
+        leaves, structure = tree_flatten((args, kwargs))
+        leaves = [_placed(leaf, device) for leaf in leaves]
+        lengths = [len(leaf) if isinstance(leaf, torch.Tensor) and leaf.ndim else 0 for leaf in leaves]
+        rows = _rows(lengths)
         if not rows:
+            shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]
             raise InputError(
                 "an example is a tensor, or a tuple or dict of tensors, whose first axis is the batch and is not "
-                f"empty; this one is a {type(value).__name__} of {[tuple(tensor.shape) for tensor in tensors]}"
+                f"empty; this one is a {type(value).__name__} of {shapes}"
             )
-        device = next((parameter.device for parameter in model.parameters()), None)
-        return _mapped(lambda tensor: tensor.detach().to(device), args, kwargs, rows)
+        args, kwargs = tree_unflatten(leaves, structure)
+        return cls(args, kwargs, rows, frozenset(place for place, length in enumerate(lengths) if length == rows))
+
+    @property
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and the keyword inputs."""
+        return self.args, self.kwargs
 
     @property
     def is_finite(self) -> bool:
@@ -60,9 +76,13 @@ class Example:
         leaves = tree_leaves((self.args, self.kwargs))
         return all(is_finite(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
+    def sharing(self, places: Collection[int]) -> Example:
+        """Return the same inputs, some of which have no batch axis after all."""
+        return replace(self, batched=self.batched.difference(places))
+
     def take(self, rows: Sequence[int]) -> Example:
         """Return some of the rows."""
-        return self._map(lambda tensor: tensor[list(rows)] if self._is_batch(tensor) else tensor, len(rows))
+        return self._map(lambda tensor: tensor[list(rows)], len(rows))
 
     def among(self, count: int, variant: int) -> Example:
         """Return a batch with the first row in the middle, and other rows around it.
@@ -75,8 +95,6 @@ class Example:
         place = middle(count)
 
         def surround(tensor: torch.Tensor) -> torch.Tensor:
-            if not self._is_batch(tensor):
-                return tensor
             others = list(tensor[1:count]) if variant == 0 else []
             seeds = range(1 + count * variant + len(others), count * (variant + 1))
             others += [_stranger(tensor[0], seed, bounded=variant < WILD) for seed in seeds]
@@ -84,16 +102,24 @@ class Example:
 
         return self._map(surround, count)
 
-    def _is_batch(self, tensor: torch.Tensor) -> bool:
-        return tensor.ndim > 0 and len(tensor) == self.rows
-
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor], rows: int) -> Example:
-        return _mapped(change, self.args, self.kwargs, rows)
+        leaves, structure = tree_flatten((self.args, self.kwargs))
+        changed = [change(leaf) if place in self.batched else leaf for place, leaf in enumerate(leaves)]
+        args, kwargs = tree_unflatten(changed, structure)
+        return replace(self, args=args, kwargs=kwargs, rows=rows)
 
 
-def _mapped(change: Callable[[torch.Tensor], torch.Tensor], args: Any, kwargs: Any, rows: int) -> Example:
-    args, kwargs = tree_map(lambda leaf: change(leaf) if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
-    return Example(args, kwargs, rows)
+def _placed(leaf: Any, device: torch.device | None) -> Any:
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
+        leaf = torch.from_numpy(np.array(leaf, dtype=leaf.dtype.newbyteorder("=")))
+    return leaf.detach().to(device) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _rows(lengths: Sequence[int]) -> int:
+    """Return the length that is the batch's: the commonest, and of those the first that is longer than 1."""
+    counts = Counter(length for length in lengths if length)
+    commonest = [length for length, count in counts.items() if count == max(counts.values())]
+    return next((length for length in commonest if length > 1), max(commonest, default=0))
 
 
 def middle(count: int) -> int:
@@ -109,7 +135,13 @@ def _takes(model: nn.Module, named: Mapping[str, Any]) -> bool:
         return True
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return True
-    return all(name in parameters for name in named)
+    strange = [name for name in named if name not in parameters]
+    if strange and (len(strange) < len(named) or len(parameters) > 1):
+        raise InputError(
+            f"the example has {join(map(repr, strange))}, which the forward does not take: it takes "
+            f"{join(map(repr, parameters))}"
+        )
+    return not strange
 
 
 def _stranger(row: torch.Tensor, seed: int, *, bounded: bool) -> torch.Tensor:
@@ -126,8 +158,11 @@ def _stranger(row: torch.Tensor, seed: int, *, bounded: bool) -> torch.Tensor:
         towards, part = values.flatten()[0], 0.1 + 0.5 * torch.rand((), generator=generator).item()
         return towards + (values - towards) * part
     spread = size.max() if bool(size.max() > size.min()) else 1 + size
-    made_up = row + (noise + 3) * spread  # far to one side, so that a mean over the batch goes with it
-    return made_up.abs().to(row.dtype) if one_sign else made_up
+    # far to both sides, so that minima and maxima over the batch go with it, and unequally so that means do
+    side = -6 if seed % 2 else 3
+    if not one_sign:
+        return row + (noise + side) * spread
+    return values * 0.05 if side < 0 else (row + (noise + side) * spread).abs().to(row.dtype)
 
 
 def _other_constant(row: torch.Tensor, seed: int) -> torch.Tensor:

@@ -60,17 +60,15 @@ def measure_fit(bench: Workbench, example: Example) -> Fit | str:
     Returns:
         The fit, or why it could not be measured.
     """
-    layers = {name: layer for name, layer in batchnorm_layers(bench.model) if has_running_stats(layer)}
+    layers = _layers(bench.model)
     if not layers:
         return "there is no BatchNorm layer whose mode could be switched"
-    if not bench.is_copy:
-        return "the model cannot be copied, and running it with batch statistics would alter it"
     if example.rows < LEAST_ROWS:
         return f"an example of at least {LEAST_ROWS} rows of real data is needed, this one has {example.rows}"
     example = example.take(range(min(example.rows, MOST_ROWS)))
     misfits: list[Misfit] = []
     own = bench.run(example.args, example.kwargs, within=_watching(layers, misfits))
-    switched = _batch_statistics(bench.model, layers)
+    switched = _batch_statistics(bench.model, _layers(bench.model))
     batch = bench.run(example.args, example.kwargs, held=False, within=switched)
     if own.error or batch.error:
         return f"running it with batch statistics raised {batch.failure or own.failure}"
@@ -78,6 +76,10 @@ def measure_fit(bench: Workbench, example: Example) -> Fit | str:
     if disagreement is None or not misfits:
         return "no finite output has a row for each row of the example"
     return Fit(disagreement, max(misfits, key=lambda misfit: max(misfit.shift, misfit.spread)), example.rows)
+
+
+def _layers(model: nn.Module) -> dict[str, BatchNorm]:
+    return {name: layer for name, layer in batchnorm_layers(model) if has_running_stats(layer)}
 
 
 @contextmanager

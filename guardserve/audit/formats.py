@@ -50,7 +50,8 @@ def text(report: Report, source: Source, *, color: bool = True) -> str:
         lines.append(Text("Not checked", "bold"))
         lines += [line for codes, reason in _by_reason(report.skipped) for line in _wrapped(f"  {codes}  ", reason)]
         lines.append(Text())
-    style = next((_STYLES[level] for level in SEVERITIES[:2] if report.reaches(level)), "green")
+    unsettled = "yellow" if report.refusal is not None else "green"
+    style = next((_STYLES[level] for level in SEVERITIES[:2] if report.reaches(level)), unsettled)
     lines.append(Text(report.verdict, style))
     for line in lines:
         console.print(line, soft_wrap=True)
@@ -112,6 +113,7 @@ def as_json(report: Report, source: Source) -> str:
         ],
         "ran": list(report.ran),
         "skipped": [{"code": skip.code, "reason": skip.reason} for skip in report.skipped],
+        "refusal": report.refusal,
     }
     return json.dumps(document, indent=2) + "\n"
 
@@ -148,10 +150,10 @@ def sarif(report: Report, source: Source) -> str:
         },
         "invocations": [
             {
-                "executionSuccessful": True,
+                "executionSuccessful": report.refusal is None,
                 "toolExecutionNotifications": [
                     {
-                        "level": "note",
+                        "level": "error" if skip.reason == report.refusal else "note",
                         "message": {"text": f"not checked: {skip.reason}"},
                         "associatedRule": {"id": skip.code, "index": places[skip.code]},
                     }

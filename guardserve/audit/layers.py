@@ -17,6 +17,9 @@ from guardserve.audit.flow import script_graph, script_owner, script_path
 _STATISTICS = (("running_mean", "running_var"), ("moving_mean", "moving_var"), ("moving_mean", "moving_variance"))
 _WEIGHT, _BIAS, _BATCHES = ("weight", "gamma"), ("bias", "beta"), ("num_batches_tracked",)
 
+_SCRIPT_MIXING = tuple(
+    f"aten::{name}" for name in ("_convolution", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "addmm")
+)
 _SCRIPT_NORMS = ("aten::batch_norm", "aten::native_batch_norm")
 
 
@@ -75,9 +78,9 @@ class NormLayer:
 def module_layers(model: nn.Module) -> Iterator[NormLayer]:
     """Yield the normalisation layers of a model, and whatever else of it keeps running statistics."""
     epsilons = dict(_epsilons(model))
+    for prefix, program in _script_programs(model):
+        yield from _frozen_layers(program, prefix)
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) and not name:
-            yield from _frozen_layers(module)
         statistics = _statistics(module)
         if statistics is None and not isinstance(module, _NormBase):
             continue
@@ -94,6 +97,27 @@ def module_layers(model: nn.Module) -> Iterator[NormLayer]:
             float(eps) if isinstance(eps, (int, float)) else None,
             module,
         )
+
+
+def module_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters of a model, and the weights that torch.jit.freeze has made constants of a graph."""
+    yield from model.named_parameters()
+    for prefix, program in _script_programs(model):
+        graph = script_graph(program)
+        for operator in _SCRIPT_MIXING:
+            for node in graph.findAllNodes(operator, recurse=True):
+                for value, role in zip(list(node.inputs())[1:3], ("weight", "bias"), strict=False):
+                    tensor = value.toIValue()
+                    if isinstance(tensor, torch.Tensor):
+                        path = script_path(value) or [operator.rpartition("::")[2], role]
+                        yield ".".join(filter(None, (prefix, *path))), tensor
+
+
+def state_weights(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a state dict names as weights and biases."""
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and name.rpartition(".")[2] in {*_WEIGHT, *_BIAS}:
+            yield name, value
 
 
 def state_layers(state: Mapping[str, Any]) -> Iterator[NormLayer]:
@@ -168,10 +192,20 @@ def _script_norms(module: torch.jit.ScriptModule) -> Iterator[list[Any]]:
             yield list(node.inputs())
 
 
-def _frozen_layers(module: torch.jit.ScriptModule) -> Iterator[NormLayer]:
+def _script_programs(model: nn.Module) -> Iterator[tuple[str, torch.jit.ScriptModule]]:
+    """Yield the outermost TorchScript modules, whose graphs hold those inside."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, torch.jit.ScriptModule) and not inside:
+            found.append(name)
+            yield name, module
+
+
+def _frozen_layers(module: torch.jit.ScriptModule, prefix: str) -> Iterator[NormLayer]:
     """Yield the layers whose statistics torch.jit.freeze has made constants of the graph."""
     for values in _script_norms(module):
         weight, bias, mean, var = (value.toIValue() for value in values[1:5])
         if isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor):
-            name = ".".join(script_path(values[3])[:-1])
+            name = ".".join(filter(None, (prefix, script_owner(values[3]))))
             yield NormLayer(name, "BatchNorm", mean, var, weight, bias, eps=values[7].toIValue())

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     import onnx
 
 _OPERATOR = "BatchNormalization"
+_MIXING = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _DEFAULT_EPS = 1e-5
 # since this opset an attribute tells the mode; in those before it the number of outputs, and before 7 is_test
 _TRAINING_MODE, _IS_TEST_NO_MORE = 14, 7
 _IN_INFERENCE = 1
 
 
-def onnx_subject(path: Path) -> Subject:
-    """View an ONNX file.
+def onnx_subject(path: Path, example: Any = None) -> Subject:
+    """View an ONNX file, which is not run, so that an example is of no use.
 
     Raises:
         MissingExtraError: ``onnx`` is not installed.
@@ -43,7 +44,18 @@ def onnx_subject(path: Path) -> Subject:
     if not model.graph.node:
         raise ModelLoadError(f"{path} is no ONNX model: it holds no graph")
     found = list(_normalisations(model))
-    return Subject("ONNX graph", [layer for layer, _ in found], [norm for _, norm in found])
+    layers, norms = [layer for layer, _ in found], [norm for _, norm in found]
+    return Subject("ONNX graph", layers, norms, example=example, weights=_weights(model))
+
+
+def _weights(model: onnx.ModelProto) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the constant weights of convolutions and linear layers."""
+    scope = _Scope(model.graph, 0)
+    for node in model.graph.node:
+        for name in node.input[1:] if node.op_type in _MIXING else ():
+            tensor = scope.tensor(name)
+            if tensor is not None:
+                yield name, tensor
 
 
 def _normalisations(model: onnx.ModelProto) -> Iterator[tuple[NormLayer, GraphNorm]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from guardserve.audit.comparison import lost_axis
 from guardserve.audit.fit import Fit
 from guardserve.audit.registry import Gap, Hit, rule
-from guardserve.audit.report import join
+from guardserve.audit.report import Severity, join
 from guardserve.audit.subject import Subject, Unchecked
+from guardserve.nonfinite import named_tensors
 
 _SHOWN = 3
 
@@ -70,7 +71,8 @@ def depends_on_mates(subject: Subject) -> Iterator[Hit | Gap]:
 
     Found: by the largest difference in the row's output, as a part of its largest value. The tolerance is 1e-5 in
     float32 between batches of one size, and 1e-2 between a row alone and in a batch, where other kernels round
-    differently. The layer named is the innermost whose output differs first.
+    differently. The layer named is the innermost whose output differs first. An output without a batch axis that
+    changes with the rows, such as a mean over the batch, is a warning; an info where others have one.
 
     Remedy: give the layer running statistics, or replace what mixes rows; for a graph with training-mode BatchNorm,
     trace or export again after ``eval()``.
@@ -81,6 +83,13 @@ def depends_on_mates(subject: Subject) -> Iterator[Hit | Gap]:
     """
     probes = subject.probes
     found = probes.dependence
+    yield from _uncompared(subject)
+    if probes.reduced is not None:
+        why = "what is computed over the whole batch is no answer to any one request in it"
+        remedy = "Return a value for each row; leave losses and statistics of the batch to training."
+        # where there is an answer for each row too, it may be what training needs
+        severity: Severity = "warning" if isinstance(found, str) else "info"
+        yield Hit("", f"an output has no batch axis, and with other rows {probes.reduced}", severity, why, remedy)
     if isinstance(found, str):
         raise Unchecked(found)
     if probes.random:
@@ -99,6 +108,12 @@ def depends_on_mates(subject: Subject) -> Iterator[Hit | Gap]:
         yield Hit(subject.prefix + found.module, f"{seen}; it begins in this module")
 
 
+def _uncompared(subject: Subject) -> Iterator[Gap]:
+    reasons = subject.probes.uncompared
+    if reasons:
+        yield Gap(join(reasons, _SHOWN))
+
+
 def _is_dynamically_quantised(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.ao.nn.quantized.dynamic")
 
@@ -108,18 +123,21 @@ _STATISTIC = re.compile(r"(running|moving)_(mean|var|variance|std)|num_batches_t
 
 @rule("BN103", "inference-changes-state", "error")
 def changes_state(subject: Subject) -> Iterator[Hit | Gap]:
-    """Inference changes the running statistics.
+    """Inference changes the running statistics, or anything else that later answers depend on.
 
     Even under ``no_grad()`` and ``inference_mode()`` a layer can update its buffers: these stop gradients, not
-    assignments. A program traced in training mode does so with every request.
+    assignments. A program traced in training mode does so with every request. A hidden state or a cache that is kept on
+    a module goes from one request to the next just as well.
 
     Why: each request changes the answers to all later ones, and one bad request can spoil them for good.
 
-    Found: by comparing parameters, buffers and tensors kept on modules before and after each forward in eval mode.
-    Running statistics are an error. Another buffer or parameter is a warning if the same input gives another output
-    afterwards, and an info if not, as for a counter or a cache.
+    Found: by comparing parameters, buffers and other attributes of modules before and after each forward in eval mode,
+    and by asking a model again after another request, beside a fresh copy that is asked the same. Running statistics
+    that change are an error, and whatever else changes if the answer does; else a buffer or parameter, such as a
+    counter, is an info.
 
-    Remedy: update statistics only ``if self.training``; trace or export again after ``eval()``.
+    Remedy: update statistics only ``if self.training``; pass states in and out instead of keeping them; trace or export
+    again after ``eval()``.
 
     Example::
 
@@ -127,23 +145,31 @@ def changes_state(subject: Subject) -> Iterator[Hit | Gap]:
             self.running_mean.lerp_(x.mean(0), 0.1)     # BN103: no look at self.training
             return x - self.running_mean
     """
-    by_owner: dict[str, list[str]] = {}
-    other: list[str] = []
-    for name in subject.probes.changed:
-        owner, _, attribute = name.rpartition(".")
-        if _STATISTIC.fullmatch(attribute):
-            by_owner.setdefault(owner, []).append(attribute)
-        else:
-            other.append(name)
-    for owner, attributes in by_owner.items():
+    probes = subject.probes
+    statistics = [name for name in probes.changed if _STATISTIC.fullmatch(name.rpartition(".")[2])]
+    others = [name for name in probes.changed if name not in statistics]
+    for owner, attributes in _by_owner(statistics):
         yield Hit(subject.prefix + owner, f"a forward in eval mode changed {join(attributes)}")
-    state = {**dict(subject.inner.named_parameters()), **dict(subject.inner.named_buffers())}
-    carries = subject.probes.carries
-    why = "the same request gets another answer afterwards" if carries else "it did not change a later answer here"
-    for name in (name for name in other if name in state):
+    if probes.carried is None:
+        state = {**dict(subject.inner.named_parameters()), **dict(subject.inner.named_buffers())}
+        for owner, attributes in _by_owner([name for name in others if name in state]):
+            why = "it did not change a later answer here, as a counter or a cache of constants does not"
+            yield Hit(subject.prefix + owner, f"a forward in eval mode changed {join(attributes)}", "info", why)
+    elif others:
+        for owner, attributes in _by_owner(others):
+            seen = f"a forward in eval mode changed {join(attributes, _SHOWN)}, and after it {probes.carried}"
+            yield Hit(subject.prefix + owner, seen)
+    elif not statistics:
+        yield Hit("", f"after another request {probes.carried}; what it left behind was not seen")
+
+
+def _by_owner(names: Iterable[str]) -> Iterable[tuple[str, list[str]]]:
+    """Put the attributes of each module together."""
+    found: dict[str, list[str]] = {}
+    for name in names:
         owner, _, attribute = name.rpartition(".")
-        seen = f"a forward in eval mode changed {attribute}"
-        yield Hit(subject.prefix + owner, seen, "warning" if carries else "info", why)
+        found.setdefault(owner, []).append(attribute)
+    return found.items()
 
 
 @rule("BN104", "trains-during-forward", "error")
@@ -189,7 +215,8 @@ def non_finite_output(subject: Subject) -> Iterator[Hit | Gap]:
     Why: the answer is worthless, and a client may take it for a number.
 
     Found: by running the example as it is, and again with a look into every module when an output is not finite. The
-    module named is the first whose output is not finite while its inputs were.
+    module named is the first whose output is not finite while its inputs were. Minus infinity that the code writes, or
+    that stands in the same places for every input, is a mask by design and a warning.
 
     Remedy: look at the module named: at its statistics and parameters first, then at its arithmetic for such inputs.
 
@@ -200,13 +227,19 @@ def non_finite_output(subject: Subject) -> Iterator[Hit | Gap]:
     probes = subject.probes
     if all(run is None or run.error for run in (probes.given, probes.alone)):
         raise Unchecked(f"it runs only on {probes.rows} rows, and the example has another number")
+    if not any(True for run in (probes.given, probes.alone) if run for _ in named_tensors(run.output)):
+        raise Unchecked(join(probes.uncompared, _SHOWN) or "the output holds no numbers")
+    yield from _uncompared(subject)
     if probes.nonfinite is None:
         return
-    bad, origin = probes.nonfinite
-    if origin is None:
-        yield Hit("", f"{bad}; where it arose was not seen")
+    bad, origin = probes.nonfinite.values, probes.nonfinite.origin
+    place = "" if origin is None else subject.prefix + origin.module
+    seen = f"{bad}; {'where it arose was not seen' if origin is None else f'it arose in {origin}'}"
+    if probes.nonfinite.by_design is None:
+        yield Hit(place, seen)
     else:
-        yield Hit(subject.prefix + origin.module, f"{bad}; it arose in {origin}")
+        why = f"{probes.nonfinite.by_design}, but JSON has no form for it, and EvalGuard refuses it by default"
+        yield Hit(place, seen, "warning", why, "Write the least finite number instead, `torch.finfo(x.dtype).min`.")
 
 
 @rule("BN106", "statistics-do-not-fit", "warning")

@@ -6,20 +6,30 @@ The model runs in eval mode as EvalGuard would run it, so that what the probes f
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.module import register_module_forward_hook
 
-from guardserve.audit.comparison import Difference, Part, sample_of, shapes_of, tolerance, whole, worst_difference
+from guardserve.audit.axes import settled
+from guardserve.audit.comparison import (
+    Difference,
+    Part,
+    sample_of,
+    shapes_of,
+    shared_of,
+    tolerance,
+    whole,
+    worst_difference,
+)
+from guardserve.audit.copies import NotCopyableError
 from guardserve.audit.examples import WILD, Example, middle
 from guardserve.audit.fit import Fit, measure_fit
 from guardserve.audit.flow import Flow
 from guardserve.audit.observer import Observer
+from guardserve.audit.recording import first_difference, record
 from guardserve.audit.workbench import Run, Workbench, workbench
 from guardserve.nonfinite import NonFinite, find_nonfinite, is_finite, named_tensors
 from guardserve.tracing import NonFiniteOrigin, trace_nonfinite
@@ -48,6 +58,21 @@ class Dependence:
 
 
 @dataclass(frozen=True)
+class BadOutput:
+    """A non-finite output.
+
+    Attributes:
+        values: What is not finite.
+        origin: Where it arose, if that was seen.
+        by_design: Why it looks deliberate; None when it does not.
+    """
+
+    values: NonFinite
+    origin: NonFiniteOrigin | None
+    by_design: str | None
+
+
+@dataclass(frozen=True)
 class Probes:
     """What was seen when a model ran.
 
@@ -57,13 +82,15 @@ class Probes:
         given: The whole example; None when its rows do not suit the program.
         alone: Its first row by itself; None likewise.
         batch: That row among others; None likewise.
-        nonfinite: A non-finite output for the example, and where it arose if that was seen.
+        nonfinite: A non-finite output for the example.
         alone_nonfinite: A non-finite output for the row by itself that is finite among others.
         training: Modules that were in training mode at some point of a forward.
         unregistered: Layers that trained and are no submodules: the name of the module that called each, and its class.
-        changed: Tensors kept on modules that a forward changed.
-        carries: Whether the same input gives another output after a forward that changed some.
+        changed: Tensors and other attributes of modules that a forward changed.
+        carried: How the answer to a request changes after another request; None when it does not.
         dependence: How a sample's output depends on its batch; a string says why that is not known.
+        reduced: How an output of the batch as a whole changes with the rows in it; None when none does.
+        uncompared: Why outputs were not compared.
         random: That the output is random, so that a sample alone could not be compared; None when it is not.
         fit: How well the running statistics fit the example; a string says why that is not known.
         flow: What comes before each normalisation; None when it was not seen.
@@ -74,13 +101,15 @@ class Probes:
     given: Run | None
     alone: Run | None
     batch: Run | None
-    nonfinite: tuple[NonFinite, NonFiniteOrigin | None] | None
+    nonfinite: BadOutput | None
     alone_nonfinite: NonFinite | None
     training: tuple[str, ...]
     unregistered: tuple[tuple[str, str], ...]
     changed: tuple[str, ...]
-    carries: bool
+    carried: str | None
     dependence: Dependence | str | None
+    reduced: Difference | None
+    uncompared: tuple[str, ...]
     random: str | None
     fit: Fit | str
     flow: Flow | None
@@ -96,19 +125,21 @@ def run_probes(model: nn.Module, value: Any, norms: frozenset[str]) -> Probes:
 
     Raises:
         InputError: The example is none.
-        NotRunnableError: The model does not run on it.
+        NotRunnableError: The model does not run on it, or cannot be copied.
     """
     example = Example.of(value, model)
     if not example.is_finite:
         raise NotRunnableError("the example itself holds NaN or infinity")
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise NotRunnableError("it is on the meta device, without values")
-    with workbench(model) as bench:
-        try:
-            bench.initialise(example.args, example.kwargs)
-        except ValueError as error:
-            raise NotRunnableError(str(error)) from error
-        return _Prober(bench, example, norms).probe()
+    try:
+        with workbench(model) as bench:
+            bench.initialise(*example.call)
+            return _Prober(bench, example, norms).probe()
+    except NotCopyableError as error:
+        raise NotRunnableError(f"{error}, and running the model itself could alter it") from error
+    except ValueError as error:
+        raise NotRunnableError(str(error)) from error
 
 
 class _Prober:
@@ -123,29 +154,45 @@ class _Prober:
         # what a graph does cannot be seen from outside, and it has no modes to change
         self._opaque = isinstance(bench.model, (torch.jit.ScriptModule, fx.GraphModule))
         self._example = example.take(range(fixed)) if fixed and fixed < example.rows else example
+        if not fixed:
+            self._example = settled(bench, self._example)
+        self._types = _types(bench.model.parameters())
         self._single = self._example.take([0])
         self._batch = self._example.among(self._rows, 0)
         self._changed: list[str] = []
         self._random: str | None = None
+        self._reduced: Difference | None = None
+        self._uncompared: list[str] = []
         self._observer: Observer | None = None
 
     def probe(self) -> Probes:
         alone = self._run(self._single, observed=True)
         given = alone if self._example.rows == 1 else self._run(self._example)
-        batch = self._run(self._batch, observed=self._observer is None) if self._rows > 1 else None
-        failures = [run.failure for run in (given, alone, batch) if run is not None]
-        if all(failures):
-            raise NotRunnableError(f"it does not run on the example: {failures[0]}")
+        others, other = self._other_mates() if self._rows > 1 else (None, None)
+        batch = carried = None
+        if self._rows > 1:
+            batch = self._run(self._batch, observed=self._observer is None, keep=True)
+            carried = self._carried(others, other, alone)
+        elif alone is not None and not alone.error:
+            self._run(self._single, keep=True)
+            carried = self._carried(self._single, alone, None)
+        self._bench.rewind()
+        runs = [run for run in (given, alone, batch) if run is not None]
+        if all(run.error for run in runs):
+            raise NotRunnableError(f"it does not run on the example: {runs[0].failure}")
         dependence: Dependence | str | None
         try:
-            dependence = self._dependence(alone, batch)
+            dependence = self._dependence(alone, batch, others, other)
         except NotRunnableError as reason:
             dependence = str(reason)
         fit: Fit | str = f"the program takes only {self._fixed} rows"
         if self._fixed is None or self._fixed == self._example.rows:
             fit = measure_fit(self._bench, self._example)
         alone_nonfinite = self._alone_nonfinite(alone, batch)
-        nonfinite = None if alone_nonfinite and (given is alone) else self._nonfinite(given, alone)
+        nonfinite = None
+        if not (alone_nonfinite and given is alone):
+            nonfinite = self._nonfinite(given, alone, other)
+        unread = [f"{what}, which is not looked at" for run in runs for what in run.unread]
         return Probes(
             self._rows,
             self._fixed is not None,
@@ -157,31 +204,53 @@ class _Prober:
             tuple(self._observer.training) if self._observer else (),
             tuple(self._observer.unregistered) if self._observer else (),
             tuple(dict.fromkeys(self._changed)),
-            bool(self._changed) and self._carries(self._batch if batch and not batch.error else self._single),
+            carried,
             dependence,
+            self._reduced,
+            tuple(dict.fromkeys([*unread, *self._uncompared])),
             self._random,
             fit,
             self._observer.flow if self._observer else None,
         )
 
-    def _run(self, example: Example, *, observed: bool = False, seed: int = 0) -> Run | None:
+    def _run(self, example: Example, *, observed: bool = False, keep: bool = False, seed: int = 0) -> Run | None:
         if self._fixed not in {None, example.rows}:
             return None
         observer = Observer(self._bench.model, self._norms) if observed and not self._opaque else None
         within = observer.watching(example.args, example.kwargs) if observer else None
-        run = self._bench.run(example.args, example.kwargs, seed=seed, within=within)
+        run = self._bench.run(*example.call, seed=seed, keep=keep, within=within)
         if run.error is None:
             self._observer = observer or self._observer
         self._changed += run.changed
         return run
 
-    def _carries(self, example: Example) -> bool:
-        first, second = self._bench.run_twice(example.args, example.kwargs)
-        rounding = tolerance(self._dtypes(first.output), same_size=True)
-        difference = worst_difference(whole(first.output), whole(second.output), rounding, labels=True)
-        return difference is not None and difference.is_real
+    def _other_mates(self) -> tuple[Example | None, Run | None]:
+        """Put the row among rows made up to stand beside it; none when the model runs on no such."""
+        for others in (self._example.among(self._rows, WILD), self._example.among(self._rows, 1)):
+            run = self._run(others)
+            if run is not None and not run.error:
+                return others, run
+        return None, None
 
-    def _dependence(self, alone: Run | None, batch: Run | None) -> Dependence | None:
+    def _carried(self, example: Example | None, fresh: Run | None, alone: Run | None) -> str | None:
+        """Compare answers that come after other requests with those of a fresh model."""
+        for inputs, first in ((example, fresh), (self._single, alone)):
+            if inputs is None or first is None or first.error:
+                continue
+            later = self._run(inputs, keep=True)
+            changes = _changes(first, later, tolerance(self._dtypes(first.output), same_size=True))
+            if changes is not None:
+                self._bench.rewind()
+                # a model with randomness of its own differs from itself
+                again = self._run(inputs)
+                return (
+                    None if _changes(first, again, tolerance(self._dtypes(first.output), same_size=True)) else changes
+                )
+        return None
+
+    def _dependence(
+        self, alone: Run | None, batch: Run | None, others: Example | None, other: Run | None
+    ) -> Dependence | None:
         """Compare what the model returns for one row in several batches.
 
         Raises:
@@ -191,27 +260,25 @@ class _Prober:
             raise NotRunnableError("the program takes a single row, which has no mates")
         if batch.error:
             raise NotRunnableError(f"it does not run on {self._rows} rows: {batch.failure}")
-        sample = list(self._sample(batch, alone))
-        if not sample:
-            raise NotRunnableError("no output tensor has a batch axis")
+        if others is None or other is None:
+            raise NotRunnableError("it does not run on rows made up to stand beside the example's")
         dtypes = self._dtypes(batch.output)
         rounding = tolerance(dtypes, same_size=True)
-        for others in (self._example.among(self._rows, WILD), self._example.among(self._rows, 1)):
-            run = self._run(others)
-            if run is None or run.error:
-                continue
-            difference = worst_difference(sample, self._sample(run, alone), rounding, labels=True)
-            if difference is not None and difference.is_real:
-                # the same batch once more: a model with a generator or a memory of its own differs from itself
-                again = self._run(self._batch) or batch
-                noise = worst_difference(sample, self._sample(again, alone), rounding, labels=True)
-                if noise is not None and noise.is_real:
-                    self._random = f"the same batch gives another output each time, in eval mode too: {noise}"
-                    return None
-                return Dependence(difference, alone=False, module=self._locate(others, difference))
-            break
-        else:
-            raise NotRunnableError("it does not run on rows made up to stand beside the example's")
+        sample = list(self._sample(batch, alone))
+        difference = worst_difference(sample, self._sample(other, alone), rounding, labels=True)
+        shared = worst_difference(self._shared(batch, alone), self._shared(other, alone), rounding, labels=True)
+        if _is_real(difference) or _is_real(shared):
+            # the same batch once more: a model with a generator or a memory of its own differs from itself
+            again = self._run(self._batch) or batch
+            noise = worst_difference(whole(batch.output), whole(again.output), rounding, labels=True)
+            if noise is not None and noise.is_real:
+                self._random = f"the same batch gives another output each time, in eval mode too: {noise}"
+                return None
+        self._leave_out(batch, other, alone, shared)
+        if not sample:
+            raise NotRunnableError("no output tensor has a batch axis")
+        if difference is not None and difference.is_real:
+            return Dependence(difference, alone=False, module=self._locate(others, difference))
         return self._dependence_on_size(alone, sample, tolerance(dtypes, same_size=False))
 
     def _dependence_on_size(self, alone: Run | None, sample: list[Part], rounding: float) -> Dependence | None:
@@ -227,48 +294,35 @@ class _Prober:
             return None
         return Dependence(difference, alone=True, module=self._locate(self._single, difference))
 
+    def _leave_out(self, batch: Run, other: Run, alone: Run | None, shared: Difference | None) -> None:
+        """Note what belongs to no row: a value for the whole batch, or rows that cannot be told apart."""
+        if shared is not None and shared.is_real:
+            self._reduced = shared
+        shapes = {part.path: part.values.shape for part in self._shared(other, alone)}
+        for part in self._shared(batch, alone):
+            if shapes.get(part.path) != part.values.shape:
+                shape = tuple(part.values.shape)
+                self._uncompared.append(f"the rows of {part.path}, of shape {shape}, cannot be told apart")
+
     def _sample(self, run: Run, alone: Run | None) -> Iterator[Part]:
-        shapes = shapes_of(alone.output) if alone and not alone.error else None
-        return sample_of(run.output, middle(self._rows), self._rows, shapes)
+        return sample_of(run.output, middle(self._rows), self._rows, _shapes(alone))
+
+    def _shared(self, run: Run, alone: Run | None) -> Iterator[Part]:
+        return shared_of(run.output, self._rows, _shapes(alone))
 
     def _locate(self, other: Example, difference: Difference) -> str | None:
         """Find the innermost module whose output for the sample is the first to differ between two batches."""
         single = other.rows == 1
         place = middle(self._rows)
-        others = self._record(other, lambda _, y: whole(y) if single else sample_of(y, place, self._rows))
-        shapes = [{part.path: part.values.shape for part in parts} if single else None for _, parts in others]
-        here = self._record(
-            self._batch, lambda i, y: sample_of(y, place, self._rows, shapes[i]) if i < len(shapes) else ()
+        there = record(self._bench, other, lambda _, y: whole(y) if single else sample_of(y, place, self._rows))
+        shapes = [{part.path: part.values.shape for part in parts} if single else None for _, parts in there]
+        here = record(
+            self._bench,
+            self._batch,
+            lambda i, y: sample_of(y, place, self._rows, shapes[i]) if i < len(shapes) else (),
         )
-        allowed = difference.tolerance / 10 if single else difference.tolerance
-        for (name, parts), (other_name, other_parts) in zip(here, others, strict=False):
-            if name != other_name:
-                return None
-            found = worst_difference(parts, other_parts, allowed, labels=True)
-            if found is not None and found.is_real:
-                return None if self._opaque and not name else name
-        return None
-
-    def _record(self, example: Example, take: Callable[[int, Any], Iterable[Part]]) -> list[tuple[str, list[Part]]]:
-        """Run the model once more, and keep what belongs to the sample of every module's output, as modules finish."""
-        records: list[tuple[str, list[Part]]] = []
-        names = {module: name for name, module in self._bench.model.named_modules()}
-        thread = threading.get_ident()
-
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            del args
-            if module in names and threading.get_ident() == thread:
-                # an operation in place may change the output later
-                kept = [part._replace(values=part.values.clone()) for part in take(len(records), output)]
-                records.append((names[module], kept))
-
-        # a global hook sees modules of TorchScript too, which take none of their own
-        handle = register_module_forward_hook(hook)
-        try:
-            self._bench.run(example.args, example.kwargs)
-        finally:
-            handle.remove()
-        return records
+        name = first_difference(here, there, difference.tolerance / (10 if single else 1), labels=True)
+        return None if self._opaque and not name else name
 
     def _alone_nonfinite(self, alone: Run | None, batch: Run | None) -> NonFinite | None:
         if alone is None or batch is None or batch.error:
@@ -277,18 +331,73 @@ class _Prober:
         found = find_nonfinite(alone.output)
         return next((bad for bad in found if bad.path in among_others and is_finite(among_others[bad.path])), None)
 
-    def _nonfinite(self, given: Run | None, alone: Run | None) -> tuple[NonFinite, NonFiniteOrigin | None] | None:
+    def _nonfinite(self, given: Run | None, alone: Run | None, other: Run | None) -> BadOutput | None:
         """Find a non-finite output for the example as it is, or for a row of it where the model takes no more."""
         for run, example in ((given, self._example), (alone, self._single)):
             if run is not None and not run.error:
                 bad = next(find_nonfinite(run.output), None)
-                origin = trace_nonfinite(self._bench.model, *example.args, **example.kwargs) if bad else None
-                return (bad, origin) if bad else None
+                if bad is None:
+                    return None
+                origin = trace_nonfinite(self._bench.model, *example.args, **example.kwargs)
+                self._bench.discard()
+                places = _infinite_places(run.output, bad.path), _infinite_places(other and other.output, bad.path)
+                return BadOutput(bad, origin, _by_design(origin, *places))
         return None
 
     def _dtypes(self, output: Any) -> set[torch.dtype]:
-        tensors = itertools.chain((tensor for _, tensor in named_tensors(output)), self._bench.model.parameters())
-        return {tensor.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()}
+        return self._types | _types(tensor for _, tensor in named_tensors(output))
+
+
+def _types(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()}
+
+
+def _is_real(difference: Difference | None) -> bool:
+    return difference is not None and difference.is_real
+
+
+def _shapes(alone: Run | None) -> dict[str, torch.Size] | None:
+    return shapes_of(alone.output) if alone and not alone.error else None
+
+
+def _changes(first: Run, later: Run | None, rounding: float) -> str | None:
+    """Say how a later answer to the same request differs; None when it does not."""
+    if later is None:
+        return None
+    if later.error:
+        return f"a request fails that a fresh model answers: {later.failure}"
+    if shapes_of(first.output) != shapes_of(later.output):
+        return "a request gets an answer of another shape than from a fresh model"
+    difference = worst_difference(whole(first.output), whole(later.output), rounding, labels=True)
+    return f"a request gets another answer than from a fresh model: {difference}" if _is_real(difference) else None
+
+
+_WRITTEN = ("masked_fill", "where", "full", "fill", "index_put", "scatter", "index_fill", "scalar_tensor", "new_full")
+"""Operators by which code puts a constant of its own into a tensor."""
+
+
+def _infinite_places(output: Any, path: str) -> torch.Tensor | None:
+    """Return where a tensor is minus infinity, for each row; None when it is NaN or plus infinity anywhere."""
+    tensor = dict(named_tensors(output)).get(path)
+    if tensor is None or tensor.is_complex() or tensor.layout is not torch.strided or not tensor.ndim:
+        return None
+    places = tensor.isneginf()
+    return places if bool((places | tensor.isfinite()).all()) else None
+
+
+def _by_design(origin: NonFiniteOrigin | None, here: torch.Tensor | None, there: torch.Tensor | None) -> str | None:
+    """Tell why minus infinity looks deliberate; None when it does not."""
+    if here is None:
+        return None
+    operator = (origin.operator or "").rpartition(".")[2].rstrip("_") if origin else ""
+    if operator in _WRITTEN:
+        return f"`{operator}` writes minus infinity there, as masks do"
+    if there is None or here.shape[1:] != there.shape[1:]:
+        return None
+    by_row = here.ndim > 1 and not here[0].all() and bool((here == here[:1]).all()) and bool((there == here[:1]).all())
+    if by_row or (here.shape == there.shape and torch.equal(here, there) and not here.all()):
+        return "it is minus infinity in the same places for every input, as masks are"
+    return None
 
 
 def _fixed_rows(model: nn.Module) -> int | None:

@@ -55,12 +55,14 @@ class Report:
         findings: All findings, in the order of their rules.
         ran: Codes of the rules that were checked.
         skipped: What was not checked, and why; a rule that was checked in some places only is also in ``ran``.
+        refusal: Why the model could not be run on the example; None when it was, or when there was none.
     """
 
     subject: str
     findings: tuple[Finding, ...]
     ran: tuple[str, ...]
     skipped: tuple[Skipped, ...]
+    refusal: str | None = None
 
     def count(self, severity: Severity) -> int:
         """Return the number of findings of a severity."""
@@ -83,6 +85,8 @@ class Report:
         limits = f" ({unchecked} rule{'s' * (unchecked > 1)} could not be checked)" if unchecked else ""
         if self.reaches("error"):
             return f"{found}: do not serve it like this{limits}"
+        if self.refusal is not None:
+            return f"{found + ', and ' * bool(found)}not known to be safe: the example was not run{limits}"
         if self.reaches("warning"):
             return f"{found}: look at the warnings before serving it{limits}"
         return f"no hazard found{f', {found}' if found else ''}{limits}"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from guardserve.audit.example_files import fitted, load_example
 from guardserve.audit.onnx_graph import onnx_subject
 from guardserve.audit.subject import Subject
-from guardserve.exceptions import InputError, ModelLoadError
+from guardserve.exceptions import ModelLoadError
 from guardserve.loading.checkpoints import load_pickled_module, load_weights
 from guardserve.loading.devices import resolve_device
 from guardserve.loading.examples import find_example
@@ -27,7 +26,6 @@ from guardserve.loading.model import ALIASES
 from guardserve.loading.programs import load_exported, load_torchscript
 from guardserve.signature import TensorSpec
 
-_NUMBERED = re.compile(r"arr_([0-9]+)")
 _REMEDY = "give --input-shape {name}=3,224,224, for one sample, or --example FILE"
 
 
@@ -81,12 +79,12 @@ def load_source(
         if weights is not None:
             load_weights(module, Path(weights), allow_pickle=allow_pickle)
         shown = _factory_example(module, factory, flags) if given is None else given
-        return Source(source, Subject.of_module(_placed(module, place), shown), *_definition(factory))
+        return Source(source, _module_subject(_placed(module, place), shown), *_definition(factory))
     path = Path(reference)
     if weights is not None:
         raise ModelLoadError(f"weights are for a factory's model, but {path} is a file: leave them out")
     if path.suffix == ".onnx":
-        return Source(source, onnx_subject(path), path)
+        return Source(source, onnx_subject(path, flags.shapes or given), path)
     return Source(source, _file_subject(path, place, flags, given, allow_pickle=allow_pickle), path)
 
 
@@ -96,16 +94,23 @@ def _file_subject(path: Path, device: torch.device, flags: InputFlags, given: An
     if kind is FileKind.EXPORT:
         module, specs = load_exported(path, device, allow_pickle=allow_pickle)
         shown = _made_up(agreed_specs(specs, flags)) if given is None else given
-        return Subject.of_module(module, shown)
+        return _module_subject(module, shown)
     if kind is FileKind.TORCHSCRIPT:
         module = load_torchscript(path, device)
-        return Subject.of_module(module, _factory_example(module, None, flags) if given is None else given)
+        return _module_subject(module, _factory_example(module, None, flags) if given is None else given)
     state = _read_state(path, kind)
     if state is not None:
-        return Subject.of_state_dict(state)
+        return Subject.of_state_dict(state, flags.shapes or given)
     module = load_pickled_module(path, allow_pickle=allow_pickle)
     shown = _factory_example(module, None, flags) if given is None else given
-    return Subject.of_module(_placed(module, device), shown)
+    return _module_subject(_placed(module, device), shown)
+
+
+def _module_subject(module: nn.Module, example: Any) -> Subject:
+    shown, note = fitted(example, module)
+    subject = Subject.of_module(module, shown)
+    subject.note = note
+    return subject
 
 
 def _read_state(path: Path, kind: FileKind) -> dict[str, torch.Tensor] | None:
@@ -134,33 +139,6 @@ def _tensors(content: Mapping[Any, Any], prefix: str) -> list[tuple[str, torch.T
         elif isinstance(value, Mapping):
             found += _tensors(value, f"{prefix}{key}.")
     return found
-
-
-def load_example(path: Path) -> Any:
-    """Read example inputs from a .npy, .npz or .safetensors file.
-
-    Returns:
-        One tensor, a tuple of numbered ones, or a dict of tensors by input name.
-
-    Raises:
-        InputError: The file cannot be read.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # noqa: PLC0415 - importing guardserve loads torch only
-
-            named: dict[str, torch.Tensor] = load_file(path)
-        else:
-            loaded = np.load(path, allow_pickle=False)
-            arrays = {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded.items())
-            named = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    except Exception as error:
-        raise InputError(f"{path} is not a readable .npy, .npz or .safetensors file: {reason(error)}") from error
-    if len(named) == 1:
-        return next(iter(named.values()))
-    if all(_NUMBERED.fullmatch(name) for name in named):
-        return tuple(named[name] for name in sorted(named, key=lambda name: int(name[len("arr_") :])))
-    return named
 
 
 def _factory_example(module: nn.Module, factory: object, flags: InputFlags) -> Any:

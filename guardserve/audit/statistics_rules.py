@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from guardserve.audit.layers import NormLayer
 from guardserve.audit.registry import Gap, Hit, rule
@@ -64,8 +65,7 @@ def never_updated(layer: NormLayer) -> str | None:
 
 
 @rule("BN005", "non-finite-statistics", "error")
-@each_layer
-def non_finite(layer: NormLayer) -> str | None:
+def non_finite(subject: Subject) -> Iterator[Hit | Gap]:
     """Running statistics or affine parameters are not finite.
 
     One training batch with a NaN or an infinity in it is enough: the running statistics are moving averages, and a
@@ -74,7 +74,9 @@ def non_finite(layer: NormLayer) -> str | None:
 
     Why: every output of such a channel is NaN or constant in eval mode, whatever the input.
 
-    Found: from the values of ``running_mean``, ``running_var``, ``weight`` and ``bias``.
+    Found: from the values of ``running_mean``, ``running_var``, ``weight`` and ``bias``. A NaN or an infinity in the
+    weights of another layer counts too: the damage goes there when BatchNorm is fused into a convolution or frozen
+    with it.
 
     Remedy: go back to a checkpoint from before the bad batch, or reset the layer (``reset_running_stats()``) and
     re-estimate its statistics with clean data.
@@ -85,6 +87,21 @@ def non_finite(layer: NormLayer) -> str | None:
         model(batch_with_a_nan)     # under no_grad() and inference_mode() too
         model.eval()                # BN005: running_mean and running_var are NaN from now on
     """
+    yield from _non_finite_layers(subject)
+    known = {id(tensor) for layer in subject.layers for tensor in layer.tensors.values()}
+    for name, tensor in subject.weights:
+        if id(tensor) in known or is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided:
+            continue
+        # minus infinity is how a mask is written
+        bad = tensor.detach().isnan() | tensor.detach().isposinf() if tensor.is_floating_point() else None
+        if bad is not None and bool(bad.any()):
+            owner, _, attribute = name.rpartition(".")
+            seen = f"{attribute} holds {int(bad.sum())} non-finite value{'s' * (int(bad.sum()) > 1)} of {bad.numel()}"
+            yield Hit(owner, seen, why="whatever is computed with it is not finite either, for any input")
+
+
+@each_layer
+def _non_finite_layers(layer: NormLayer) -> str | None:
     faults = []
     for name, tensor in layer.tensors.items():
         bad = ~tensor.detach().isfinite()

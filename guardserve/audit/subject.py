@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from inspect import signature
@@ -13,8 +13,9 @@ from torch import distributed, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from guardserve.audit.copies import NotCopyableError
 from guardserve.audit.flow import Flow, fx_flow, script_flow, traced_flow
-from guardserve.audit.layers import NormLayer, module_layers, state_layers
+from guardserve.audit.layers import NormLayer, module_layers, module_weights, state_layers, state_weights
 from guardserve.audit.probes import NotRunnableError, Probes, run_probes
 from guardserve.audit.workbench import workbench
 from guardserve.batchnorm import FusedBatchNorm
@@ -39,7 +40,13 @@ class Subject:
         graph_norms: Batch normalisations of its graphs; None when it has no graph or code at all.
         root: The model as it was given, when there is one.
         example: Example input to probe it with.
+        weights: Weights by qualified name, those of the layers among them.
+
+    Attributes:
+        note: What had to be done to the example, in words; empty when nothing had.
     """
+
+    note = ""
 
     def __init__(
         self,
@@ -48,18 +55,22 @@ class Subject:
         graph_norms: Sequence[GraphNorm] | None = None,
         root: nn.Module | None = None,
         example: Any = None,
+        *,
+        weights: Iterable[tuple[str, torch.Tensor]] = (),
     ) -> None:
         self.kind = kind
         self.layers = tuple(layers)
         self._graph_norms = graph_norms
         self._root = root
         self._example = example
+        self.weights = tuple(weights)
 
     def __str__(self) -> str:
         count = sum(layer.is_batchnorm for layer in self.layers)
         known = {layer.name for layer in self.layers}
         count += sum(norm.name not in known for norm in self._graph_norms or ())
-        return f"{self.kind} with {count or 'no'} BatchNorm layer{'s' * (count != 1)}"
+        note = f", run on an example {self.note}" if self.note else ""
+        return f"{self.kind} with {count or 'no'} BatchNorm layer{'s' * (count != 1)}{note}"
 
     @classmethod
     def of_module(cls, model: nn.Module, example: Any = None) -> Subject:
@@ -69,7 +80,7 @@ class Subject:
         # an export's graph module has a class of its own, whose name says nothing
         kind = "GraphModule" if isinstance(inner, fx.GraphModule) else kind
         norms = [*graph_norms(model), *_unflattened_norms(model)]
-        return cls(kind, list(module_layers(model)), norms, model, example)
+        return cls(kind, list(module_layers(model)), norms, model, example, weights=module_weights(model))
 
     @classmethod
     def of_program(cls, program: ExportedProgram, example: Any = None) -> Subject:
@@ -81,9 +92,9 @@ class Subject:
         return subject
 
     @classmethod
-    def of_state_dict(cls, state: Mapping[str, Any]) -> Subject:
-        """View a state dict, from which no code can be seen."""
-        return cls("state_dict", list(state_layers(state)))
+    def of_state_dict(cls, state: Mapping[str, Any], example: Any = None) -> Subject:
+        """View a state dict, from which no code can be seen, so that an example is of no use."""
+        return cls("state_dict", list(state_layers(state)), example=example, weights=state_weights(state))
 
     @property
     def root(self) -> nn.Module:
@@ -93,7 +104,8 @@ class Subject:
             Unchecked: There is only state, or a foreign graph.
         """
         if self._root is None:
-            raise Unchecked(f"the code of the model is needed, which this {self.kind} does not hold")
+            unused = "" if self._example is None else ", so that the example was not used"
+            raise Unchecked(f"the code of the model is needed, which this {self.kind} does not hold{unused}")
         return self._root
 
     @property
@@ -135,7 +147,10 @@ class Subject:
 
     @cached_property
     def _probes(self) -> Probes | str:
-        inner = self.inner
+        try:
+            inner = self.inner
+        except Unchecked as gap:
+            return str(gap)
         if self._example is None:
             return "an example input is needed"
         if (reason := _needs_others(inner)) is not None:
@@ -155,12 +170,14 @@ class Subject:
         probes = self._probes
         if isinstance(probes, Probes) and probes.flow is not None:
             return probes.flow
-        with workbench(inner) as bench, bench.eval_mode():
-            try:
+        try:
+            with workbench(inner) as bench, bench.eval_mode():
                 return traced_flow(bench.model, self.norm_names)
-            except Exception:  # noqa: BLE001 - tracing raises whatever the model's code makes of a proxy
-                reason = probes if isinstance(probes, str) else "the run on the example did not show it"
-                return f"the order of operations is not known: it cannot be traced symbolically, and {reason}"
+        except NotCopyableError as error:
+            return f"the order of operations is not known: {error}"
+        except Exception:  # noqa: BLE001 - tracing raises whatever the model's code makes of a proxy
+            reason = probes if isinstance(probes, str) else "the run on the example did not show it"
+            return f"the order of operations is not known: it cannot be traced symbolically, and {reason}"
 
     @property
     def prefix(self) -> str:

@@ -73,7 +73,7 @@ def test_an_example_that_does_not_run_is_told_after_the_report(tmp_path: Path) -
     """A pipeline with the wrong example must not pass for one that probed the model; findings come first."""
     result = run("test_command:sound", "--input-shape", "5,12,12")
     assert result.exit_code == 2
-    assert "no hazard found" in result.stdout
+    assert "not known to be safe: the example was not run" in result.stdout
     assert "Error: no probe could run: it does not run on the example: RuntimeError" in result.stderr
     assert run("demo", "--input-shape", "5,8,8").exit_code == 1
     np.save(tmp_path / "rows.npy", np.zeros((0, 3, 12, 12), np.float32))

@@ -286,3 +286,18 @@ def test_workflow_commands_are_escaped() -> None:
     odd = Source("m", Subject("x", ()), Path("a,b:c%.py"), 1)
     assert "file=a%2Cb%3Ac%25.py," in github(REPORT, odd)
     assert github(REPORT, NOWHERE).startswith("::notice title=BN007 near-dead-channels::")
+
+
+def test_an_example_that_was_not_run_is_no_success() -> None:
+    """SARIF says that the tool failed and why, JSON has the reason, and no verdict calls the model sound."""
+    why = "it does not run on the example: RuntimeError: shapes"
+    refused = Report("ResNet", (), ("BN001",), (Skipped("BN101", why), Skipped("BN004", "lazy")), why)
+    invocation = json.loads(sarif(refused, FILE))["runs"][0]["invocations"][0]
+    assert invocation["executionSuccessful"] is False
+    assert [note["level"] for note in invocation["toolExecutionNotifications"]] == ["error", "note"]
+    assert json.loads(FORMATS["json"](refused, FILE))["refusal"] == why
+    assert refused.verdict == "not known to be safe: the example was not run (2 rules could not be checked)"
+    assert refused.verdict in text(refused, FILE, color=False)
+    warned = Report("ResNet", REPORT.findings[3:], ("BN001",), (Skipped("BN101", why),), why)
+    assert warned.verdict.startswith("1 warning, and not known to be safe")
+    assert json.loads(sarif(CLEAN, FILE))["runs"][0]["invocations"][0]["executionSuccessful"] is True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -368,10 +369,12 @@ def test_bn103_counters_and_caches_are_an_info() -> None:
         assert (finding.severity, f"changed {name}" in finding.message) == ("info", True)
 
 
-def test_bn103_state_that_changes_later_answers_is_a_warning() -> None:
+def test_bn103_state_that_changes_later_answers_is_an_error() -> None:
     """A memory of the last input, and a weight that shrinks with each call."""
 
     class Remembering(Counting):
+        last: torch.Tensor
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = x + self.last
             self.last = x[0].detach().clone()
@@ -385,8 +388,146 @@ def test_bn103_state_that_changes_later_answers_is_a_warning() -> None:
     for model, name in ((Remembering(), ""), (Shrinking(lambda y: y), "linear")):
         report = audit(model.eval(), ROWS)
         (finding,) = hits(report, "BN103")
-        assert (finding.module, finding.severity) == (name, "warning")
+        assert (finding.module, finding.severity) == (name, "error")
         assert "BN102" not in codes(report), "each run begins with the same state"
+
+
+class Stateful(nn.Module):
+    """Carries something from one request to the next outside its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.hidden: torch.Tensor | None = None
+        self.last: list[torch.Tensor] = []
+        self.scale = 1.0
+        self.seen: dict[str, Any] = {}
+
+
+class Recurrent(Stateful):
+    """From None to a tensor, which starts anew for another batch size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add what was."""
+        y: torch.Tensor = self.linear(x)
+        if self.hidden is not None and self.hidden.shape == y.shape:
+            y = y + self.hidden
+        self.hidden = y
+        return y
+
+
+class Listing(Stateful):
+    """Keeps what it was given in a list."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Subtract the mean of all means."""
+        self.last.append(x.mean(0))
+        y: torch.Tensor = self.linear(x) - torch.stack(self.last).mean(0)
+        return y
+
+
+class Cooling(Stateful):
+    """Changes a number of Python's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale by less each time."""
+        self.scale *= 0.9
+        y: torch.Tensor = self.linear(x) * self.scale
+        return y
+
+
+class Answering(Stateful):
+    """Gives the first answer to everybody."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Answer from the cache."""
+        key = str(tuple(x.shape))
+        if key not in self.seen:
+            self.seen[key] = self.linear(x)
+        y: torch.Tensor = self.seen[key]
+        return y
+
+
+class Stuck(Stateful):
+    """Keeps a mask for the first batch size that it meets."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mask."""
+        if self.hidden is None:
+            self.hidden = torch.ones(len(x), 3)
+        y: torch.Tensor = self.linear(x) * self.hidden
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kind", "attribute"),
+    [(Recurrent, "hidden"), (Listing, "last"), (Cooling, "scale"), (Answering, "seen"), (Stuck, "hidden")],
+)
+def test_bn103_finds_what_is_carried_outside_buffers(kind: type[Stateful], attribute: str) -> None:
+    """A hidden state, a list, a number, a cache: the answer to a request changes after another one."""
+    model = nn.Sequential(nn.Linear(3, 3), kind()).eval()
+    report = audit(model, ROWS)
+    finding, *more = hits(report, "BN103")
+    assert (finding.module, finding.severity, more) == ("1", "error", [])
+    assert f"changed {attribute}" in finding.message
+    assert "than from a fresh model" in finding.message or "a fresh model answers" in finding.message
+    assert not codes(report) & {"BN101", "BN105"}
+
+
+def test_bn103_sees_state_that_no_attribute_shows() -> None:
+    """Inside an object of no known kind: the answer alone tells."""
+
+    class Opaque:
+        __slots__ = ("value",)
+
+        def __init__(self) -> None:
+            self.value = 0.0
+
+    class Holding(Stateful):
+        def __init__(self) -> None:
+            super().__init__()
+            self.box = Opaque()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.box.value += 1
+            y: torch.Tensor = self.linear(x) + self.box.value
+            return y
+
+    (finding,) = hits(audit(Holding().eval(), ROWS), "BN103")
+    assert (finding.severity, "what it left behind was not seen" in finding.message) == ("error", True)
+
+
+class Cached(Stateful):
+    """Keeps what depends on the shape of the input alone, and a copy of the last input that nothing reads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add positions."""
+        if self.hidden is None or len(self.hidden) != x.shape[1]:
+            self.hidden = torch.arange(x.shape[1]) / 10
+        self.last = [x]
+        y: torch.Tensor = self.linear(x + self.hidden)
+        return y
+
+
+class Sampling(Stateful):
+    """Draws from a generator of its own, which goes on from request to request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add noise."""
+        y: torch.Tensor = self.linear(x)
+        return y + torch.randn(y.shape, generator=self.generator)
+
+
+@pytest.mark.parametrize("kind", [Cached, Sampling])
+def test_bn103_leaves_caches_of_constants_and_generators_alone(kind: type[Stateful]) -> None:
+    """What changes no answer is no finding, and chance is no memory."""
+    report = audit(kind().eval(), ROWS)
+    assert codes(report) == {"BN015"}
+    assert "BN103" in report.ran
 
 
 # BN104
@@ -633,6 +774,9 @@ def test_a_forward_may_need_other_processes(monkeypatch: pytest.MonkeyPatch) -> 
         def __init__(self) -> None:
             nn.Module.__init__(self)
 
+        def __deepcopy__(self, memo: object) -> Distributed:
+            return Distributed().eval()
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
@@ -641,3 +785,82 @@ def test_a_forward_may_need_other_processes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     assert reasons(audit(model, ROWS), "BN105") == ["0 runs only together with the other processes of its group"]
+
+
+# outputs of other kinds
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: y.numpy(),
+        lambda y: y.tolist(),
+        lambda y: {"scores": y.numpy().astype(">f8"), "best": y[:, 0].tolist()},
+        lambda y: [{"score": float(row[0]), "all": row} for row in y],
+        lambda y: {"items": [[row, row + 1] for row in y], "sum": y.sum(1)},
+        lambda y: y[:, 0],
+        lambda y: SimpleNamespace(logits=y),
+    ],
+    ids=["array", "lists", "dict", "list of dicts", "list in a dict", "one axis", "object"],
+)
+def test_outputs_of_any_kind_are_compared(function: Callable[[torch.Tensor], Any]) -> None:
+    """Arrays, numbers and lists: sound ones pass, mixed ones are found, and so is a NaN."""
+    sound = audit(Head(function).eval(), ROWS)
+    assert not codes(sound) - {"BN015"}, sound.findings
+    assert {"BN101", "BN102", "BN103", "BN105"} <= set(sound.ran)
+    assert not [skip for skip in sound.skipped if skip.code != "BN106"]
+    mixed = audit(Head(lambda y: function(y - y.mean(0))).eval(), ROWS)
+    assert "BN102" in codes(mixed)
+    bad = audit(Head(lambda y: function((y - 100).log())).eval(), ROWS)
+    assert "BN105" in codes(bad)
+
+
+def test_outputs_that_cannot_be_read_are_told() -> None:
+    """Labels as text are not compared, and a model that gives nothing else is not checked."""
+    mixed = audit(Head(lambda y: (y, ["cat" if row[0] > 0 else "dog" for row in y])).eval(), ROWS)
+    assert not mixed.reaches("warning")
+    for code in ("BN102", "BN105"):
+        assert code in mixed.ran
+        assert "output[1][0] is a str" in reasons(mixed, code)[0]
+    texts = audit(Head(lambda y: [str(row) for row in y]).eval(), ROWS)
+    assert not {"BN102", "BN105"} & set(texts.ran)
+    assert "is a str, which is not looked at" in reasons(texts, "BN105")[0]
+
+
+def test_bn102_values_of_the_whole_batch_are_told() -> None:
+    """A mean over the batch is no answer to a row: a warning, or an info beside answers; a constant is nothing."""
+    (alone,) = hits(audit(Head(lambda y: y.mean()).eval(), ROWS), "BN102")
+    assert (alone.severity, "no batch axis" in alone.message) == ("warning", True)
+    (beside,) = hits(audit(Head(lambda y: (y, y.square().mean())).eval(), ROWS), "BN102")
+    assert (beside.severity, "output[1]" in beside.message) == ("info", True)
+    constant = audit(Head(lambda y: (y, torch.tensor(2.0), torch.eye(5))).eval(), ROWS)
+    assert not codes(constant) - {"BN015"}
+    assert not reasons(constant, "BN102")
+    ragged = audit(Head(lambda y: (y, y[y > 0])).eval(), ROWS)
+    assert not codes(ragged) - {"BN015"}
+    assert "the rows of output[1]" in reasons(ragged, "BN102")[0]
+
+
+def test_bn105_masks_of_minus_infinity_are_a_warning() -> None:
+    """A constant mask, one that the code writes, one that it returns; a NaN, or infinity for some inputs, is not."""
+    mask = torch.tensor([0.0, -torch.inf, 0.0, 0.0])
+    causal = torch.full((5, 5), -torch.inf).triu(1)
+    designs: list[Callable[[torch.Tensor], Any]] = [
+        lambda y: y + mask,
+        lambda y: y.masked_fill(y < 0, -torch.inf),
+        lambda y: torch.where(y > 0, y, -torch.inf),
+        lambda y: {"logits": y, "mask": causal},
+    ]
+    for design in designs:
+        (finding,) = hits(audit(Head(design).eval(), ROWS), "BN105")
+        assert finding.severity == "warning"
+        assert "minus infinity" in finding.message
+    faults: list[Callable[[torch.Tensor], Any]] = [
+        lambda y: y.relu().log(),
+        lambda y: y + torch.tensor([0.0, torch.nan, 0.0, 0.0]),
+        lambda y: y - mask,
+        lambda y: (y * 0).log(),
+    ]
+    for fault in faults:
+        (finding,) = hits(audit(Head(fault).eval(), ROWS), "BN105")
+        assert finding.severity == "error"

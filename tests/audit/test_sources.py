@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from guardserve.audit.engine import audit_subject
-from guardserve.audit.sources import load_example, load_source
+from guardserve.audit.example_files import load_example
+from guardserve.audit.sources import load_source
 from guardserve.exceptions import GuardserveError, InputError, ModelLoadError, PickleRefusedError, SettingsError
 from guardserve.loading import example_input
 
@@ -204,3 +205,32 @@ def test_the_demo_and_devices() -> None:
     assert codes(report("demo")) == {"BN001"}
     with pytest.raises(SettingsError, match="device"):
         load_source("demo", device="abacus")
+
+
+def test_an_example_in_double_precision_is_converted_and_told(tmp_path: Path) -> None:
+    """Numpy's own type, in any byte order, is what most files hold."""
+    for dtype in (np.float64, ">f8"):
+        np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(8, 3, 12, 12)).astype(dtype))
+        found = report("test_sources:declared", example=tmp_path / "rows.npy")
+        assert "BN102" in found.ran
+        assert found.subject.endswith("run on an example converted from float64 to float32")
+
+
+def test_an_example_for_what_cannot_be_run_is_told(tmp_path: Path) -> None:
+    """A state_dict has no code, and the example goes unused: that is not what was asked for."""
+    save_file(convolutional()[0].state_dict(), tmp_path / "w.safetensors")
+    np.save(tmp_path / "rows.npy", np.zeros((2, 3, 12, 12), np.float32))
+    weights = str(tmp_path / "w.safetensors")
+    assert report(weights).refusal is None
+    for options in ({"example": tmp_path / "rows.npy"}, {"input_shapes": ["3,12,12"]}):
+        found = report(weights, **options)
+        assert found.refusal is not None
+        assert "the example was not used" in found.refusal
+        assert "not known to be safe" in found.verdict
+
+
+def test_names_that_no_input_has_are_told(tmp_path: Path) -> None:
+    """By name, with those that there are."""
+    np.savez(tmp_path / "rows.npz", x=np.ones((8, 5), np.float32), category=np.arange(8), label=np.arange(8))
+    with pytest.raises(InputError, match="the example has 'label', which the forward does not take"):
+        report("test_sources:declared_by_name", example=tmp_path / "rows.npz")

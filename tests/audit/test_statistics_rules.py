@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from audit.models import BUILDS, Build, codes, convolutional, hits, norm_names, norms, reasons
+from audit.programs import frozen, silence, traced
 from torch import nn
 
 from guardserve.audit import audit
@@ -84,6 +86,47 @@ def test_bn005_non_finite_statistics_and_parameters(build: Build, value: float, 
         (finding,) = hits(report, "BN005")
         assert (finding.module, finding.severity) == (name, "error")
         assert f"{attribute} holds 1 non-finite value of {norms(model)[-1].num_features} (channel 1)" in finding.message
+
+
+def test_bn005_damage_that_was_fused_or_frozen_into_other_layers() -> None:
+    """The NaN of a running mean goes into a bias: in torch's own fusion, in a frozen trace or script, inside others."""
+    model, example = convolutional()
+    sound = [frozen(model), frozen_trace(model, example), fused(model)]
+    norms(model)[0].get_buffer("running_mean")[1] = torch.nan
+    spoilt = [frozen(model), frozen_trace(model, example), fused(model), fused(model).state_dict()]
+    for program in [*sound, nn.Sequential(sound[0]).eval()]:
+        assert "BN005" not in codes(audit(program))
+    for program in [*spoilt, nn.Sequential(spoilt[0]).eval()]:
+        (finding,) = hits(audit(program), "BN005")
+        assert (finding.severity, "bias" in finding.module + finding.message) == ("error", True)
+    first = frozen(nn.Sequential(copy.deepcopy(norms(model)[0]), nn.Conv2d(8, 2, 1)).eval())
+    assert [finding.module for finding in hits(audit(nn.Sequential(first).eval()), "BN005")] == ["0.0"]
+
+
+def frozen_trace(model: nn.Module, example: torch.Tensor) -> nn.Module:
+    """Trace and freeze."""
+    with silence():
+        return torch.jit.freeze(traced(model, example))
+
+
+def fused(model: Any) -> nn.Module:
+    """Fuse the first BatchNorm layer of the plain stack into the convolution before it, as torch does."""
+    merged = copy.deepcopy(model)
+    merged[0] = torch.nn.utils.fuse_conv_bn_eval(merged[0], merged[1])
+    merged[1] = nn.Identity()
+    return merged  # type: ignore[no-any-return]
+
+
+def test_bn005_a_mask_of_minus_infinity_is_no_damage() -> None:
+    """Kept as a parameter, as some models do; a NaN or plus infinity is."""
+    model, _ = convolutional()
+    mask = nn.Parameter(torch.tensor([0.0, -torch.inf]))
+    model.register_parameter("mask", mask)
+    assert "BN005" not in codes(audit(model))
+    for value in (torch.nan, torch.inf):
+        mask.data[0] = value
+        (finding,) = hits(audit(model), "BN005")
+        assert finding.message.startswith("mask holds 1 non-finite value of 2")
 
 
 def test_bn005_many_damaged_layers_become_one_finding_that_names_what_holds_them() -> None:

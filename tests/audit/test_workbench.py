@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from audit.models import BUILDS, Build, convolutional, noise, norms, residual
+from audit.models import BUILDS, Build, convolutional, noise, norms, reasons, residual
 from audit.programs import exported, scripted, silence, traced
 from torch import nn
 
@@ -62,19 +63,28 @@ class Raising(Impure):
 
 
 class Uncopyable(Impure):
-    """Holds something that cannot be copied."""
+    """Refuses to be copied."""
+
+    def __deepcopy__(self, memo: object) -> Uncopyable:
+        raise TypeError("one is enough")
+
+
+class Locked(Impure):
+    """Holds something that cannot be copied, and lists, objects and tensors in lists, which it alters."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lock = threading.Lock()
+        self.deep = {"a": {"v": [torch.zeros(3), 0]}}
+        self.thing = SimpleNamespace(count=0)
 
-
-class UncopyableRaising(Raising):
-    """Both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lock = threading.Lock()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Alter."""
+        held: Any = self.deep["a"]["v"]
+        held[0].add_(1)
+        held[1] += 1
+        self.thing.count += 1
+        return super().forward(x)
 
 
 class CopiesItself(Impure):
@@ -113,7 +123,7 @@ def randomness() -> list[Any]:
     return [random.getstate(), [str(part) for part in np.random.get_state()], torch.get_rng_state().tolist()]  # noqa: NPY002
 
 
-@pytest.mark.parametrize("kind", [Impure, Raising, Uncopyable, UncopyableRaising, CopiesItself])
+@pytest.mark.parametrize("kind", [Impure, Raising, Uncopyable, Locked, CopiesItself])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_forward_that_alters_everything_alters_nothing(kind: type[Impure], training: bool) -> None:
     """Values, identities, flags, hooks, gradients, containers and random states are as before."""
@@ -124,6 +134,22 @@ def test_a_forward_that_alters_everything_alters_nothing(kind: type[Impure], tra
     assert fingerprint(model) == before
     assert randomness() == random_before
     assert torch.is_grad_enabled()
+    if isinstance(model, Locked):
+        held: Any = model.deep["a"]["v"]
+        assert (held[0].tolist(), held[1], model.thing.count) == ([0, 0, 0], 0, 0)
+
+
+@pytest.mark.parametrize(("kind", "why"), [(Uncopyable, "TypeError: one is enough"), (CopiesItself, "its copy shares")])
+def test_a_model_that_cannot_be_copied_is_not_run(kind: type[Impure], why: str) -> None:
+    """The rules that run it say so, and so does the verdict; the others are checked."""
+    report = audit(kind().eval(), EXAMPLE)
+    for code in ("BN101", "BN102", "BN103", "BN104", "BN105", "BN106"):
+        (reason,) = reasons(report, code)
+        assert why in reason
+        assert "running the model itself could alter it" in reason
+    assert report.refusal is not None
+    assert "not known to be safe" in report.verdict
+    assert "BN004" in report.ran
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -170,12 +196,13 @@ def test_an_exported_program_keeps_its_state() -> None:
 
 
 def test_lazy_modules_stay_lazy() -> None:
-    """They cannot be copied, so they are not run."""
+    """Only the copy gets its first input, and is probed then."""
     model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d()).eval()
     report = audit(model, EXAMPLE)
     assert isinstance(model[0], nn.LazyLinear)
     assert isinstance(model[1], nn.LazyBatchNorm1d)
-    assert "BN102" not in report.ran
+    assert {"BN102", "BN103"} <= set(report.ran)
+    assert not report.reaches("error")
 
 
 def test_weights_normalised_the_old_way_are_run() -> None:
@@ -196,7 +223,16 @@ def test_each_run_starts_from_the_same_state() -> None:
     with workbench(model) as bench:
         runs = [bench.run((EXAMPLE,), {}) for _ in range(3)]
     assert torch.equal(runs[0].output, runs[2].output)
-    assert set(runs[0].changed) == {"linear.weight", "scale", "plain", "norm.running_mean"}
+    assert set(runs[0].changed) == {
+        "linear.weight",
+        "scale",
+        "plain",
+        "norm.running_mean",
+        "calls",
+        "settings",
+        "new",
+        "drop.p",
+    }
     assert runs[0].changed == runs[2].changed
 
 
