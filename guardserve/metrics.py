@@ -123,6 +123,12 @@ METRICS: dict[str, Description] = {
     "guardserve_shift_alarms_total": Description(
         "counter", "Alarms of the detector; always 0 without a reference profile.", ("model",)
     ),
+    "guardserve_shift_lead_layer": Description(
+        "gauge",
+        "Always 1, while there is a shift; the earliest layer that left its null, or without a reference profile the "
+        "one with the largest distance.",
+        ("model", "layer"),
+    ),
     "guardserve_layer_mean_shift": Description(
         "gauge", "Mean shift of the layer's input in the recent window, RMS over channels.", ("model", "layer")
     ),
@@ -287,6 +293,8 @@ class RuntimeCollector(Collector):
         yield _family("guardserve_shift_threshold", [((model,), monitor.threshold)])
         states = [((model, state), state == verdict.state) for state in get_args(State)]
         yield _family("guardserve_shift_state", states)
+        lead = [((model, verdict.layer), 1)] if verdict.state == "shifted" and verdict.layer is not None else []
+        yield _family("guardserve_shift_lead_layer", lead)
         yield _family("guardserve_shift_alarms_total", [((model,), verdict.alarms)])
         if verdict.evidence is not None and verdict.evidence_threshold is not None:
             yield _family("guardserve_shift_evidence", [((model,), verdict.evidence)])

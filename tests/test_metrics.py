@@ -29,6 +29,7 @@ def metrics() -> Metrics:
         runtime.infer({"x": torch.randn(8, 3)})
         metrics.forward_ended(8, 0.002)
         metrics.request_ended(200, 0.003)
+    runtime.infer({"x": torch.randn(8, 3) + 10})  # a shift
     metrics.request_ended(400, 0.001, "malformed")
     return metrics
 

@@ -123,7 +123,7 @@ def test_every_alert_says_how_bad_it_is_what_it_means_and_where_to_read_on() -> 
     sections = re.findall(r"^## (.+)$", RUNBOOK, re.MULTILINE)
     assert sorted(sections) == sorted(ALERTS)
     for name, rule in ALERTS.items():
-        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["labels"]["severity"] in ("info", "warning", "critical")
         assert "for" in rule
         assert rule["annotations"]["summary"]
         assert rule["annotations"]["description"]
