@@ -1,5 +1,6 @@
 # make demo   venv, install, and the main job on the embedded model (ARGS=--once ends by itself)
 # make test   venv, everything the tests need, then the tests (ARGS="-k guard" to choose)
+# make image-test   builds the image with buildah and runs it; as root
 # make lint   ruff          make types   mypy          make check   lint, types and tests
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 ARGS   ?=
 
-.PHONY: demo test lint types format check install clean
+.PHONY: demo test image-test lint types format check install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/guardserve demo $(ARGS)
@@ -16,6 +17,9 @@ demo: $(VENV)/.demo
 # one thread each: torch's and numpy's pools would wait for each other on a small machine
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+image-test: $(VENV)/.test
+	$(BIN)/python -m pytest -m image tests/test_image.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
