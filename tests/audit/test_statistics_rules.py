@@ -106,7 +106,8 @@ def test_bn005_damage_that_was_fused_or_frozen_into_other_layers() -> None:
 def frozen_trace(model: nn.Module, example: torch.Tensor) -> nn.Module:
     """Trace and freeze."""
     with silence():
-        return torch.jit.freeze(traced(model, example))
+        program: nn.Module = torch.jit.freeze(traced(model, example))
+    return program
 
 
 def fused(model: Any) -> nn.Module:
