@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from serving import command, free_port, wait_until
 
+from guardserve import ReferenceProfile
 from guardserve.demo.digits import SHIFTS, load_digits
+from guardserve.loading import load_model
 
 DOCKER = Path(__file__).parents[1] / "docker"
 MODEL = "digits_cnn"
@@ -91,41 +94,56 @@ def configure(folder: Path, target: str, alertmanager: str, webhook: str) -> Non
     (folder / "alertmanager.yml").write_text(yaml.safe_dump(routing))
 
 
-def send(url: str, images: torch.Tensor) -> None:
-    """Have images recognised, eight in a request."""
-    with httpx.Client(base_url=url) as client:
-        for batch in torch.split(images, 8):
-            tensor = {"name": "image", "shape": list(batch.shape), "datatype": "FP32", "data": batch.flatten().tolist()}
-            client.post(f"/v2/models/{MODEL}/infer", json={"inputs": [tensor]}).raise_for_status()
+@dataclass
+class Chain:
+    """What watches a served model.
 
+    Attributes:
+        woken: The operators at its end.
+        prometheus: Address of Prometheus.
+    """
 
-def test_a_shift_wakes_the_operators_with_its_layers_and_its_end_is_told(
-    tmp_path: Path, require_program: Callable[[str], str]
-) -> None:
-    """Clean traffic raises nothing; brighter images raise the alert; clean ones again resolve it."""
-    pytest.importorskip("sklearn", reason="the demo's digits need scikit-learn")
-    commands = require_program("prometheus"), require_program("prometheus-alertmanager")
-    prometheus, alertmanager = (f"127.0.0.1:{free_port()}" for _ in commands)
-    images = load_digits().live.images[:128]
-    settings = {"GUARDSERVE_SHIFT_WINDOW": "64", "GUARDSERVE_SHIFT_THRESHOLD": "0.3"}
+    woken: Operators
+    prometheus: str
 
-    def query(expression: str) -> list[dict[str, Any]]:
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """Ask Prometheus; an empty answer while it starts."""
         try:
-            answer = httpx.get(f"http://{prometheus}/api/v1/query", params={"query": expression})
+            answer = httpx.get(f"http://{self.prometheus}/api/v1/query", params={"query": expression}, trust_env=False)
         except httpx.TransportError:
             return []
-        return answer.json()["data"]["result"] if answer.is_success else []
+        return list(answer.json()["data"]["result"]) if answer.is_success else []
 
+    def scraped(self, metric: str) -> None:
+        """Wait until a series has been scraped a few times."""
+        wait_until(lambda: any(len(series["values"]) > 5 for series in self.query(f"{metric}[10s]")))
+
+    def firing(self) -> set[str]:
+        """Name the alerts that fire."""
+        return {alert["metric"]["alertname"] for alert in self.query('ALERTS{alertstate="firing"}')}
+
+    def wait_for(self, status: str, alert: str) -> dict[str, Any]:
+        """Wait until the operators are told."""
+        wait_until(lambda: self.woken.told(status, alert))
+        told = self.woken.told(status, alert)
+        assert told is not None
+        return told
+
+
+@contextmanager
+def watched(folder: Path, url: str, require_program: Callable[[str], str]) -> Iterator[Chain]:
+    """Have the real Prometheus and the real Alertmanager watch a server."""
+    commands = require_program("prometheus"), require_program("prometheus-alertmanager")
+    prometheus, alertmanager = (f"127.0.0.1:{free_port()}" for _ in commands)
     with ExitStack() as stack:
         woken = stack.enter_context(operators())
-        url = stack.enter_context(command("serve", "demo", env=os.environ | settings))
         webhook = f"http://127.0.0.1:{woken.server_port}"
-        configure(tmp_path, url.removeprefix("http://"), alertmanager, webhook)
+        configure(folder, url.removeprefix("http://"), alertmanager, webhook)
         stack.enter_context(
             program(
                 commands[1],
-                f"--config.file={tmp_path / 'alertmanager.yml'}",
-                f"--storage.path={tmp_path / 'alertmanager'}",
+                f"--config.file={folder / 'alertmanager.yml'}",
+                f"--storage.path={folder / 'alertmanager'}",
                 f"--web.listen-address={alertmanager}",
                 "--cluster.listen-address=",
                 "--log.level=warn",
@@ -134,26 +152,125 @@ def test_a_shift_wakes_the_operators_with_its_layers_and_its_end_is_told(
         stack.enter_context(
             program(
                 commands[0],
-                f"--config.file={tmp_path / 'prometheus.yml'}",
-                f"--storage.tsdb.path={tmp_path / 'prometheus'}",
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'prometheus'}",
                 f"--web.listen-address={prometheus}",
                 "--log.level=warn",
             )
         )
-        send(url, images)
-        wait_until(lambda: any(len(score["values"]) > 5 for score in query("guardserve_shift_score[10s]")))
-        assert query("ALERTS") == []
+        yield Chain(woken, prometheus)
 
-        send(url, SHIFTS["brighter"](images))
-        wait_until(lambda: woken.told("firing", "GuardserveDomainShift"))
-        told = woken.told("firing", "GuardserveDomainShift")
-        assert told is not None
+
+def infer(url: str, model: str, name: str, batch: torch.Tensor) -> httpx.Response:
+    """Send a request."""
+    tensor = {"name": name, "shape": list(batch.shape), "datatype": "FP32", "data": batch.flatten().tolist()}
+    return httpx.post(f"{url}/v2/models/{model}/infer", json={"inputs": [tensor]}, trust_env=False)
+
+
+def recognise(url: str, images: torch.Tensor) -> None:
+    """Have images recognised, eight in a request."""
+    for batch in torch.split(images, 8):
+        infer(url, MODEL, "image", batch).raise_for_status()
+
+
+def digits() -> torch.Tensor:
+    """Load clean images."""
+    pytest.importorskip("sklearn", reason="the demo's digits need scikit-learn")
+    return load_digits().live.images
+
+
+def test_a_shift_wakes_the_operators_with_its_layers_and_its_end_is_told(
+    tmp_path: Path, require_program: Callable[[str], str]
+) -> None:
+    """Clean traffic raises nothing; brighter images raise the alert; clean ones again resolve it."""
+    images = digits()[:128]
+    settings = {"GUARDSERVE_SHIFT_WINDOW": "64", "GUARDSERVE_SHIFT_THRESHOLD": "0.3"}
+    with command("serve", "demo", env=os.environ | settings) as url, watched(tmp_path, url, require_program) as chain:
+        recognise(url, images)
+        chain.scraped("guardserve_shift_score")
+        assert chain.firing() == set()
+
+        recognise(url, SHIFTS["brighter"](images))
+        told = chain.wait_for("firing", "GuardserveDomainShift")
         assert told["labels"]["model"] == MODEL
         says = r" is ([\d.]+) running .*, threshold 0\.30\. Worst layers: blocks\.\d\.norm \(([\d.]+)\)"
         found = re.search(says, told["annotations"]["description"])
         assert found is not None, told["annotations"]["description"]
         assert found[1] == found[2]
 
-        send(url, images)
-        wait_until(lambda: woken.told("resolved", "GuardserveDomainShift"))
-        assert {alert["labels"]["alertname"] for alert in woken.alerts} == {"GuardserveDomainShift"}
+        recognise(url, images)
+        chain.wait_for("resolved", "GuardserveDomainShift")
+        assert {alert["labels"]["alertname"] for alert in chain.woken.alerts} == {"GuardserveDomainShift"}
+
+
+def test_with_a_reference_the_alert_names_the_layer_where_the_shift_begins(
+    tmp_path: Path, require_program: Callable[[str], str]
+) -> None:
+    """The detector's own alarm reaches the operators, and its recovery does."""
+    images = digits()
+    profile = ReferenceProfile.fit(load_model("demo").module, [load_digits().train.images], target_arl=1000)
+    profile.save(tmp_path / "profile.safetensors")
+    options = ("--reference", str(tmp_path / "profile.safetensors"), "--target-arl", "1000")
+    with command("serve", "demo", *options) as url, watched(tmp_path, url, require_program) as chain:
+        recognise(url, images[:200])
+        chain.scraped("guardserve_shift_evidence")
+        assert chain.firing() == set()
+
+        recognise(url, SHIFTS["brighter"](images[:64]))
+        told = chain.wait_for("firing", "GuardserveShiftAlarm")
+        lead = re.search(r"left its null is (\S+)\. The evidence is ([\d.]+) times", told["annotations"]["description"])
+        assert lead is not None, told["annotations"]["description"]
+        assert lead[1] == "blocks.0.norm"
+
+        for _ in range(3):
+            recognise(url, images)
+        chain.wait_for("resolved", "GuardserveShiftAlarm")
+
+
+UNSTABLE = """
+import torch
+from torch import nn
+import guardserve
+
+class Unstable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.ratio = nn.Linear(2, 2)
+
+    def forward(self, x):
+        y = self.ratio(self.norm(x))
+        return y / (x[:, :1] != 7)
+
+@guardserve.example_input(x=torch.zeros(1, 2))
+def model():
+    return Unstable().eval()
+"""
+
+
+def test_outputs_that_are_not_numbers_wake_the_operators_until_they_end(
+    tmp_path: Path, require_program: Callable[[str], str]
+) -> None:
+    """One such answer is no alert; one again and again is, and what fails of it; good answers end both."""
+    (tmp_path / "unstable.py").write_text(UNSTABLE)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    good, bad = torch.zeros(1, 2), torch.full((1, 2), 7.0)
+    with (
+        command("serve", "unstable:model", env=environment, cwd=tmp_path) as url,
+        watched(tmp_path, url, require_program) as chain,
+    ):
+        chain.scraped("guardserve_nonfinite_samples_total")
+        assert infer(url, "model", "x", good).status_code == 200
+        assert infer(url, "model", "x", bad).status_code == 500
+        wait_until(lambda: chain.query('instance:guardserve_nonfinite_samples:increase5m{origin="output"}'))
+        wait_until(lambda: not chain.query('instance:guardserve_nonfinite_samples:increase5m{origin="output"}'))
+        assert chain.woken.told("firing", "GuardserveNonFiniteOutputs") is None
+
+        def more() -> bool:
+            infer(url, "model", "x", bad)
+            return chain.woken.told("firing", "GuardserveNonFiniteOutputs") is not None
+
+        wait_until(more)
+        told = chain.wait_for("firing", "GuardserveNonFiniteOutputs")
+        assert told["labels"]["origin"] == "output"
+        chain.wait_for("resolved", "GuardserveNonFiniteOutputs")

@@ -103,13 +103,17 @@ def test_every_alert_fires_when_it_must_and_only_then(require_program: RequirePr
 
 
 def test_alertmanager_accepts_its_configuration(require_program: RequireProgram) -> None:
-    """Amtool finds no error, and a critical alert has somewhere to go."""
+    """Amtool finds no error; a critical alert has somewhere to go, and mere information wakes nobody."""
     amtool = require_program("amtool")
     configuration = DOCKER / "alertmanager" / "alertmanager.yml"
     check(amtool, "check-config", configuration)
     check(
         *(amtool, "config", "routes", "test", f"--config.file={configuration}"),
         *("--verify.receivers=operators", "severity=critical", "alertname=GuardserveTargetDown"),
+    )
+    check(
+        *(amtool, "config", "routes", "test", f"--config.file={configuration}"),
+        *("--verify.receivers=nobody", "severity=info", "alertname=GuardserveNoReference"),
     )
 
 
