@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +13,7 @@ from guardserve.audit import audit
 from guardserve.cli.options import Command, settings_options
 from guardserve.exceptions import GuardserveError
 from guardserve.loading import load_model
+from guardserve.logs import configure_logs
 from guardserve.monitor import ReferenceProfile
 from guardserve.runtime import Runtime, fuse_loaded
 from guardserve.service.app import create_app
@@ -52,7 +52,7 @@ def serve(model: str, **options: Any) -> None:
     Every option may also be set in the environment; an option beats its variable.
     """  # noqa: D301 - click reads the escape, it is not a literal backslash
     settings = load_settings(**{name: value for name, value in options.items() if value not in (None, ())})
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logs(settings.log_level, settings.log_format)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     loaded = load_model(
@@ -88,7 +88,9 @@ def serve(model: str, **options: Any) -> None:
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level,
+        log_config=None,
         access_log=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=settings.shutdown_timeout,
     )
     server = Server(config, app.life, settings.drain_delay)

@@ -14,9 +14,8 @@ from guardserve.runtime import Forward, Runtime
 
 _log = logging.getLogger(__name__)
 
-_DEVICE_ERRORS: tuple[type[BaseException], ...] = tuple(
-    kind for kind in (getattr(torch, "AcceleratorError", None), torch.cuda.CudaError) if kind is not None
-)
+DEVICE_ERROR = "CUDA error"
+"""How the message of an error begins that comes from the device itself; before torch 2.8 it has no class of its own."""
 
 
 class Batch:
@@ -115,9 +114,11 @@ class Batch:
             return self._runtime.forward(tensors)
         except torch.cuda.OutOfMemoryError:
             raise
-        except _DEVICE_ERRORS as error:
+        except RuntimeError as error:
+            if not str(error).startswith(DEVICE_ERROR):
+                raise
             self._count("device_error")
-            raise DeviceError(f"the device failed: {str(error).partition(chr(10))[0]}") from error
+            raise DeviceError(f"the device failed: {str(error).splitlines()[0]}") from error
         finally:
             self._end()
 
