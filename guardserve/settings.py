@@ -98,6 +98,7 @@ class ServeSettings(BaseSettings):
     )
     threads: int | None = Field(None, ge=1, description="Threads of one forward on the CPU; by default torch's choice.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log to write.")
+    log_format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object each.")
 
     @field_validator("input_shape", "input_dtype", mode="before")
     @classmethod

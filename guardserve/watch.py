@@ -179,7 +179,13 @@ class Watch:
             *self._failures(now, traffic),
         ]:
             self.events.append(event)
-            _log.log(LEVEL[event.level], "%s: %s", self.runtime.name, event.text, extra={"event": event.kind})
+            _log.log(
+                LEVEL[event.level],
+                "%s: %s",
+                self.runtime.name,
+                event.text,
+                extra={"event": event.kind, "model": self.runtime.name},
+            )
         self.verdict, self.failure, self.looked_at = verdict, failure, now
         layers = {layer.name: layer.wasserstein2 for layer in verdict.window.layers if verdict.score is not None}
         for memory in self.memories:

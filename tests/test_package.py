@@ -20,7 +20,7 @@ LEVELS = (
     {"signature", "batchnorm", "graphs", "stats", "nonfinite"},
     {"modes", "buffers", "decoration", "gradients", "outputs"},
     {"tracing"},
-    {"fusion", "guard", "loading", "settings", "monitor"},
+    {"fusion", "guard", "loading", "settings", "monitor", "logs"},
     {"audit"},
     {"runtime"},
     {"engine"},
