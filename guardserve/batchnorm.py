@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -118,12 +119,37 @@ class ObservationPoint:
         Each is float64 of shape ``(C,)`` on the CPU. ``a`` is NaN in channels where ``z`` cannot be read.
         """
         layer = self.layer
+        location = _float64(self.location)
         if isinstance(layer, FusedBatchNorm):
             scale = _float64(layer.weight)
-            return scale.where(scale.abs() > UNOBSERVABLE_WEIGHT, torch.nan), _float64(layer.bias)
+            return scale.where(scale.abs() > UNOBSERVABLE_WEIGHT, torch.nan), location
         scale = (_float64(layer.running_var) + layer.eps).sqrt()
-        location = _float64(layer.running_mean)
         return scale.where((scale > 0) & scale.isfinite() & location.isfinite(), torch.nan), location
+
+    @property
+    def constants(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What :attr:`affine` is made from, as the layer has it."""
+        layer = self.layer
+        if isinstance(layer, FusedBatchNorm):
+            return layer.weight, layer.bias
+        return layer.running_mean, layer.running_var
+
+    @property
+    def location(self) -> torch.Tensor:
+        """Where the input is when ``z`` is 0, shape ``(C,)``, on the layer's device and in its type."""
+        value = self.layer.bias if isinstance(self.layer, FusedBatchNorm) else self.layer.running_mean
+        if value is None:
+            raise ValueError("the BatchNorm layer has no running statistics")
+        return value.detach()
+
+    @cached_property
+    def anchor(self) -> torch.Tensor:
+        """A number of each channel to count its input from: finite, and where the location was when first asked for.
+
+        Shape ``(C,)``, float64 if the layer is, else float32.
+        """
+        wide = self.location.to(torch.promote_types(self.location.dtype, torch.float32))
+        return wide.where(wide.isfinite(), 0.0)
 
     @property
     def expected_variance(self) -> torch.Tensor:

@@ -143,5 +143,5 @@ def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
 
 def _alike(record: Record) -> list[int]:
     """List the layers in execution order, without those whose rows are not the samples, such as crops of them."""
-    odd = {index for index, mean, _ in record.readings if len(mean) != record.samples}
+    odd = {reading.index for reading in record.readings if len(reading.total) != record.samples}
     return [index for index in execution_order(record) if index not in odd]

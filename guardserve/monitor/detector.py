@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -135,6 +136,10 @@ class Detector:
         scores = list(self._scores)
         self._scores.clear()
         return scores
+
+    def last(self, count: int) -> list[float]:
+        """Return the p-values of the last samples, at most :data:`SCORES` and none that :meth:`drain` has told."""
+        return list(islice(reversed(self._scores), count))[::-1]
 
     def detection(self) -> Detection:
         """Summarise the samples so far."""

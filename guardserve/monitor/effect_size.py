@@ -68,37 +68,32 @@ class LayerMoments:
     Attributes:
         samples: Number of samples.
         nonfinite_samples: Samples with a non-finite activation in any channel.
-        moments: Moments over samples, shape ``(2, C)``, of the per-sample mean of ``z`` (row 0) and of the
-            per-sample variance of ``z`` over positions (row 1), ``z = (x - running_mean) / s``.
+        moments: Moments over samples, shape ``(C,)``, of the mean of ``z = (x - running_mean) / s`` over positions.
+        within: Mean over samples of the variance of ``z`` over positions, float64, shape ``(C,)``.
     """
 
     samples: int
     nonfinite_samples: int
     moments: Moments
-
-    @classmethod
-    def of(cls, point: ObservationPoint, mean: torch.Tensor, variance: torch.Tensor) -> LayerMoments:
-        """Standardise and summarise readings, each of shape ``(N, C)`` in the layer's own units."""
-        scale, location = point.affine
-        raw = Moments.of(torch.stack([mean, variance], dim=1))
-        bad = len(mean) - int(mean.isfinite().all(1).sum())
-        known = scale.isfinite()
-        unit = torch.stack([scale, scale.square()]).where(known, 1.0)
-        origin = torch.stack([location, torch.zeros_like(location)]).where(known, 0.0)
-        z = Moments(raw.count.where(known, 0), (raw.mean - origin) / unit, raw.m2 / unit.square())
-        return cls(len(mean), bad, z)
+    within: torch.Tensor
 
     def merge(self, other: LayerMoments) -> LayerMoments:
         """Return what both have accumulated together."""
+        moments = self.moments.merge(other.moments)
+        share = other.moments.count.double() / moments.count.clamp(min=1)
         return LayerMoments(
             self.samples + other.samples,
             self.nonfinite_samples + other.nonfinite_samples,
-            self.moments.merge(other.moments),
+            moments,
+            self.within + (other.within - self.within) * share,
         )
 
 
 def layer_shift(point: ObservationPoint, seen: LayerMoments, worst: int) -> LayerShift:
     """Compare what a layer has accumulated with its running statistics.
+
+    The live variance is that over samples of their means plus the mean of their variances. Where not all positions
+    are read, the one grows by as much as the other shrinks, so that the sum is that of all positions.
 
     Args:
         point: The layer.
@@ -107,12 +102,12 @@ def layer_shift(point: ObservationPoint, seen: LayerMoments, worst: int) -> Laye
         worst: How many channels to name.
     """
     expected = point.expected_variance
-    mean_shift = seen.moments.mean[0]
-    variance = seen.moments.mean[1] + seen.moments.variance[0]
+    mean_shift = seen.moments.mean
+    variance = seen.within + seen.moments.variance
     log_std_ratio = 0.5 * (variance + 1 - expected).log()
     spread = variance.sqrt() - expected.clamp(min=0).sqrt()
     wasserstein2 = (mean_shift.square() + spread.square()).sqrt()
-    known = (seen.moments.count[0] > 0) & wasserstein2.isfinite()
+    known = (seen.moments.count > 0) & wasserstein2.isfinite()
     order = torch.where(known, wasserstein2, -1).argsort(descending=True)[: min(worst, int(known.sum()))].tolist()
     rms = [float(size[known].square().mean().sqrt()) for size in (mean_shift, log_std_ratio, wasserstein2)]
     return LayerShift(

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from guardserve.batchnorm import ObservationPoint
+from guardserve.monitor.reading import Reading, Rows
 from guardserve.monitor.taps import Record
 
 Array = npt.NDArray[np.float32]
@@ -31,12 +32,18 @@ class FeatureReader:
         self.channels = tuple(len(factor) for factor in factors)
         self._factor = torch.cat(factors).float().numpy()
         self._abs_factor = np.abs(self._factor)
-        self._location = torch.cat([location for _, location in affine]).float().numpy()
+        offsets = [
+            torch.where(location.isfinite(), point.anchor.double().cpu() - location, 0.0)
+            for point, (_, location) in zip(points, affine, strict=True)
+        ]
+        self._offset = torch.cat(offsets).float().numpy()
 
     def complete(self, record: Record) -> bool:
         """Tell whether a forward showed every layer, each with one row a sample."""
-        ran = {index for index, _, _ in record.readings}
-        odd = {index for index, mean, _ in record.readings if mean.shape[0] != record.samples}
+        if record.route == self._indices and record.whole:
+            return True
+        ran = set(record.route)
+        odd = {reading.index for reading in record.readings if len(reading.total) != record.samples}
         return all(index in ran and index not in odd for index in self._indices)
 
     def read(self, records: Sequence[Record]) -> Array:
@@ -44,32 +51,34 @@ class FeatureReader:
 
         A layer that ran several times in one forward counts with the mean over its runs.
         """
-        rows = [self._row(record) for record in records]
-        mean = np.concatenate([mean for mean, _ in rows])
-        variance = np.concatenate([variance for _, variance in rows])
+        rows = [self._rows(record) for record in records]
         channels = len(self._factor)
-        features = np.empty((len(mean), 2 * channels), np.float32)
+        features = np.empty((sum(len(mean) for mean, _ in rows), 2 * channels), np.float32)
+        first = 0
         with np.errstate(invalid="ignore", over="ignore"):
-            np.subtract(mean, self._location, out=features[:, :channels])
+            for mean, variance in rows:
+                block = features[first : first + len(mean)]
+                first += len(mean)
+                np.add(mean, self._offset, out=block[:, :channels], casting="same_kind")
+                np.sqrt(variance, out=block[:, channels:], casting="same_kind")
             features[:, :channels] *= self._factor
-            np.sqrt(variance, out=features[:, channels:])
             features[:, channels:] *= self._abs_factor
         return features
 
-    def _row(self, record: Record) -> tuple[Array, Array]:
-        pairs = [(mean, variance) for _, mean, variance in record.readings]
-        if tuple(index for index, _, _ in record.readings) != self._indices:
-            found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-            for index, mean, variance in record.readings:
-                found.setdefault(index, []).append((mean, variance))
-            pairs = [_average(found[index]) for index in self._indices]
-        means, variances = (torch.cat(part, 1).detach().float().cpu().numpy() for part in zip(*pairs, strict=True))
-        return means, variances
+    def _rows(self, record: Record) -> Rows:
+        if record.route == self._indices:
+            return record.rows()
+        runs: dict[int, list[Reading]] = {}
+        for reading in record.readings:
+            runs.setdefault(reading.index, []).append(reading)
+        parts = [[record.rows_of([run]) for run in runs[index]] for index in self._indices]
+        means, variances = ([sum(run[i] for run in part) / len(part) for part in parts] for i in (0, 1))
+        return Rows(np.concatenate(means, axis=1), np.concatenate(variances, axis=1))
 
 
 def execution_order(record: Record) -> list[int]:
     """List the layers that ran in a forward, by the index of their first reading, as they ran."""
-    return list(dict.fromkeys(index for index, _, _ in record.readings))
+    return list(dict.fromkeys(record.route))
 
 
 def fingerprint(points: Sequence[ObservationPoint]) -> str:
@@ -86,9 +95,3 @@ def fingerprint(points: Sequence[ObservationPoint]) -> str:
                 value = torch.full_like(point.affine[1], float(name == "weight"))  # noqa: PLW2901
             digest.update(name.encode() + value.detach().float().cpu().numpy().astype("<f4").tobytes())
     return digest.hexdigest()
-
-
-def _average(runs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    if len(runs) == 1:
-        return runs[0]
-    return torch.stack([mean for mean, _ in runs]).mean(0), torch.stack([variance for _, variance in runs]).mean(0)

@@ -3,58 +3,40 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
 import weakref
-from collections import Counter, deque
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 
-import torch
 from torch import nn
 from typing_extensions import Self
 
 from guardserve.exceptions import ReferenceProfileError
+from guardserve.monitor.accumulation import Scales, Seen
+from guardserve.monitor.budget import Budget
 from guardserve.monitor.detector import CHUNK, Detector, State
-from guardserve.monitor.effect_size import LayerMoments, layer_shift
+from guardserve.monitor.effect_size import layer_shift
 from guardserve.monitor.features import FeatureReader
+from guardserve.monitor.reading import VALUES
 from guardserve.monitor.reference import ReferenceProfile
 from guardserve.monitor.taps import Record, Taps
 from guardserve.monitor.verdict import Snapshot, Verdict
+from guardserve.monitor.worker import Worker
 
 _log = logging.getLogger(__name__)
 
 SUBWINDOWS = 8
 """A window is this many merged sub-windows; it forgets one at a time, and nothing is ever subtracted."""
 
-PENDING_SAMPLES = 32
-"""Samples that may wait, about, to be accumulated before the forward that brings more does the work."""
+PENDING_SAMPLES = 16
+"""Samples that may wait, about, before the monitor's thread is woken to accumulate them."""
 
-
-@dataclass
-class Seen:
-    """What has been accumulated over a stretch of the stream; two of them merge.
-
-    Attributes:
-        whole: Samples of whole forwards.
-        parts: Samples that each layer saw when a part of the model was called by itself.
-        layers: What each layer has accumulated.
-    """
-
-    whole: int = 0
-    parts: Counter[int] = field(default_factory=Counter)
-    layers: dict[int, LayerMoments] = field(default_factory=dict)
-
-    @property
-    def samples(self) -> int:
-        """Number of samples: those of whole forwards, and those of parts as the layer that saw most has them."""
-        return self.whole + max(self.parts.values(), default=0)
-
-    def merge(self, other: Seen) -> None:
-        """Take in what another has seen."""
-        self.whole += other.whole
-        self.parts.update(other.parts)
-        for index, moments in other.layers.items():
-            mine = self.layers.get(index)
-            self.layers[index] = moments if mine is None else mine.merge(moments)
+MOST_PENDING = 96
+"""Samples that may wait, about, before the forward that brings more does the work: nothing is dropped."""
 
 
 class Monitor:
@@ -66,7 +48,8 @@ class Monitor:
     reference data but has no null distribution either: the threshold is a rule of thumb. With a reference profile
     a detector judges each sample, in the order in which forwards end, at a known rate of false alarms.
 
-    It works on any number of threads and removes itself wholly::
+    The forwards only read. What they read is accumulated and judged by a thread of the monitor's own, or by whoever
+    asks for what was seen. It works on any number of threads and removes itself wholly::
 
         with Monitor(model) as monitor:
             guard(x)
@@ -85,6 +68,10 @@ class Monitor:
         reference: What clean data look like to this model. Forwards that do not pass each of its layers, with one
             row a sample, are not judged.
         target_arl: With a reference, samples between false alarms, on average.
+        values: Values to read of each sample at each layer, about, at positions that change from forward to forward;
+            None reads all. With a reference, as many are read as it was made with.
+        budget: Share of a forward's time that reading may take, such as 0.02: then ``values`` is where to begin.
+            A reference leaves no choice, so with one the share is only measured.
 
     Raises:
         ReferenceMismatchError: If the reference profile belongs to another model.
@@ -100,7 +87,13 @@ class Monitor:
         worst_channels: int = 5,
         reference: ReferenceProfile | None = None,
         target_arl: float = 10_000,
+        values: int | None = VALUES,
+        budget: float | None = None,
     ) -> None:
+        if values is not None and values < 1:
+            raise ValueError(f"values={values}: read at least 1 value of each sample, or all of them with None")
+        if budget is not None and not 0 < budget < 1:
+            raise ValueError(f"budget={budget}: use a share of a forward's time between 0 and 1, such as 0.02")
         if not 1 <= min_samples <= window:
             raise ValueError(f"min_samples={min_samples}, window={window}: use 1 <= min_samples <= window")
         if not threshold > 0:
@@ -113,7 +106,7 @@ class Monitor:
         self._pending: deque[Record] = deque()
         self._detector: Detector | None = None
         self._reader: FeatureReader | None = None
-        self.reset()
+        self._waiting = _Waiting()
         take = weakref.WeakMethod(self._take)  # or the model's hooks would keep a forgotten monitor alive
 
         def emit(record: Record) -> None:
@@ -122,8 +115,13 @@ class Monitor:
                 method(record)
 
         with self._lock:  # other threads may be in a forward already, and must wait for the taps to be there
-            self._taps = Taps(model, emit)
-        self._finalizer = weakref.finalize(self, self._taps.close)
+            self._taps = Taps(model, emit, values if reference is None else getattr(reference, "values", VALUES))
+            self._budget = Budget(self._taps, budget if reference is None else None)
+            self._scales = Scales(self._taps.points)
+            self._worker = Worker(self._work, "guardserve-monitor")
+            self._forget()
+        self._finalizer = weakref.finalize(self, _close, self._taps, self._worker)
+        _monitors.add(self)
         if reference is not None:
             try:
                 self._refer_to(reference, target_arl)
@@ -141,8 +139,21 @@ class Monitor:
         """BatchNorm layers that cannot be watched, each with the reason."""
         return dict(self._taps.unobserved)
 
+    @property
+    def share(self) -> float | None:
+        """Share of the forwards' time spent on reading, by the last of those that were timed; None before the first.
+
+        One forward in 16 is timed. On an accelerator it is the time of the thread that launches the work.
+        """
+        return self._budget.share
+
+    @property
+    def values(self) -> int | None:
+        """Values that are read of each sample at each layer now, about; None is all."""
+        return self._taps.values
+
     def close(self) -> None:
-        """Remove every hook from the model; what was seen can still be read."""
+        """Remove every hook from the model and end the thread; what was seen can still be read."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -154,11 +165,14 @@ class Monitor:
     def reset(self) -> None:
         """Forget everything seen so far."""
         with self._lock:
-            self._pending.clear()
-            self._total = Seen()
-            self._windows: deque[Seen] = deque([Seen()])
-            if self._detector is not None:
-                self._detector.reset()
+            self._accumulate()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._total = Seen()
+        self._windows: deque[Seen] = deque([Seen()])
+        if self._detector is not None:
+            self._detector.reset()
 
     def snapshot(self, *, recent: bool = False) -> Snapshot:
         """Summarise all that was seen since the start or the last reset, or the recent window."""
@@ -171,7 +185,11 @@ class Monitor:
 
     def _summarise(self, seen: Seen) -> Snapshot:
         points = self._taps.points
-        layers = tuple(layer_shift(points[i], seen.layers[i], self._worst_channels) for i in sorted(seen.layers))
+        layers = tuple(
+            layer_shift(points[index], moments, self._worst_channels)
+            for index, moments in seen.layers(self._scales).items()
+            if points[index].readable
+        )
         unobservable = {point.name: point.unobservable_channels for point in points}
         return Snapshot(seen.samples, layers, self.unobserved, {name: n for name, n in unobservable.items() if n})
 
@@ -221,6 +239,32 @@ class Monitor:
             self._accumulate()
             return self._detector.drain()
 
+    @contextmanager
+    def scoring(self) -> Iterator[list[float]]:
+        """Collect the p-values of the samples that this thread forwards inside, in the order of their rows.
+
+        For example::
+
+            with monitor.scoring() as scores:
+                model(x)
+
+        They are there when the forward returns, as it judges its samples itself, after those of forwards that ended
+        before. NaN stands for a sample that cannot be judged. :meth:`scores` tells them too.
+
+        Raises:
+            ReferenceProfileError: If the monitor has no reference profile.
+        """
+        if self._detector is None:
+            raise ReferenceProfileError("scores need a reference profile: use Monitor(model, reference=profile)")
+        scores: list[float] = []
+        outer, self._waiting.scores = self._waiting.scores, scores
+        try:
+            yield scores
+        finally:
+            self._waiting.scores = outer
+            if outer is not None:
+                outer += scores
+
     def _refer_to(self, reference: ReferenceProfile, target_arl: float) -> None:
         reference.check(self._taps.points)
         index = {point.name: i for i, point in enumerate(self._taps.points)}
@@ -232,22 +276,33 @@ class Monitor:
 
     def _take(self, record: Record) -> None:
         """Receive a record from the taps, in any thread."""
+        record.sink = self._waiting.scores
         self._pending.append(record)
-        if len(self._pending) * _rows(record) >= PENDING_SAMPLES and self._lock.acquire(blocking=False):
+        samples = len(self._pending) * record.count
+        if record.sink is not None:
+            due = len(record.sink) + record.count
+            self._work()
+            record.sink += [math.nan] * (due - len(record.sink))  # whatever went wrong
+        elif samples >= MOST_PENDING and len(self._pending) > MOST_PENDING // PENDING_SAMPLES:
+            self._work()
+        elif samples >= PENDING_SAMPLES:
+            self._worker.wake()
+
+    def _work(self) -> None:
+        """Judge what is pending, in whichever thread."""
+        with self._lock:
             try:
                 self._accumulate()
             except Exception:  # noqa: BLE001 - whatever it is, the answer is not to be lost with it
                 _log.exception("a monitored forward could not be accumulated")
-            finally:
-                self._lock.release()
 
     def _accumulate(self) -> None:
-        """Move every pending record into the totals and the window; the lock is held."""
+        """Move the records that are pending into the totals and the window; the lock is held."""
         batch: list[Record] = []
         samples = 0
-        while self._pending:
+        for _ in range(len(self._pending)):
             batch.append(self._pending.popleft())
-            samples += _rows(batch[-1])
+            samples += batch[-1].count
             if samples >= max(1, self._window // SUBWINDOWS):
                 self._merge(batch)
                 batch, samples = [], 0
@@ -255,19 +310,9 @@ class Monitor:
             self._merge(batch)
 
     def _merge(self, batch: list[Record]) -> None:
-        new = Seen()
-        readings: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for record in batch:
-            if record.samples is not None:
-                new.whole += record.samples
-            for index, mean, variance in record.readings:
-                if record.samples is None:
-                    new.parts[index] += len(mean)
-                readings.setdefault(index, []).append((mean, variance))
-        for index, pairs in readings.items():
-            point = self._taps.points[index]
-            if point.readable:
-                new.layers[index] = LayerMoments.of(point, *(torch.cat(parts) for parts in zip(*pairs, strict=True)))
+            self._budget.see(record)
+        new = Seen.of(batch, self._scales)
         self._judge(batch)
         self._total.merge(new)
         if self._windows[-1].samples >= self._window // SUBWINDOWS:
@@ -285,11 +330,42 @@ class Monitor:
 
     def _judge(self, batch: list[Record]) -> None:
         """Show the detector what it can judge; the lock is held."""
-        if self._detector is not None and self._reader is not None:
-            complete = [record for record in batch if self._reader.complete(record)]
-            for start in range(0, len(complete), CHUNK):
-                self._detector.judge(self._reader.read(complete[start : start + CHUNK]))
+        if self._detector is None or self._reader is None:
+            return
+        complete = [record for record in batch if self._reader.complete(record)]
+        for start in range(0, len(complete), CHUNK):
+            chunk = complete[start : start + CHUNK]
+            self._detector.judge(self._reader.read(chunk))
+            if any(record.sink is not None for record in chunk):
+                scores = iter(self._detector.last(sum(record.count for record in chunk)))
+                for record in chunk:
+                    mine = list(islice(scores, record.count))
+                    if record.sink is not None:
+                        record.sink += mine
+        for record in batch:
+            if record.sink is not None and record not in complete:
+                record.sink += [math.nan] * record.count
 
 
-def _rows(record: Record) -> int:
-    return record.samples if record.samples is not None else len(record.readings[0][1])
+class _Waiting(threading.local):
+    """Where the p-values of this thread's samples go; None when it does not wait for them."""
+
+    scores: list[float] | None = None
+
+
+_monitors: weakref.WeakSet[Monitor] = weakref.WeakSet()
+
+
+def _close(taps: Taps, worker: Worker) -> None:
+    taps.close()
+    worker.stop()
+
+
+def _after_fork() -> None:
+    """Give monitors in a forked process a lock and a thread that work: those of the parent stayed there."""
+    for monitor in list(_monitors):
+        monitor._lock = threading.Lock()  # noqa: SLF001
+        monitor._worker = Worker(monitor._work, "guardserve-monitor")  # noqa: SLF001
+
+
+os.register_at_fork(after_in_child=_after_fork)

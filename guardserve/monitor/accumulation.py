@@ -1,0 +1,199 @@
+"""What a stretch of the stream adds up to, for all layers at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from guardserve.batchnorm import ObservationPoint
+from guardserve.monitor.effect_size import LayerMoments
+from guardserve.monitor.reading import Rows
+from guardserve.monitor.taps import Record
+from guardserve.stats import Moments
+
+ROUTES = 8
+"""Ways through a model whose layers are kept side by side; those of any further way are kept one by one."""
+
+
+@dataclass(frozen=True)
+class RouteMoments:
+    """What the layers of one way through the model have accumulated, side by side; two of them merge.
+
+    Attributes:
+        nonfinite_samples: Samples with a non-finite activation, for each layer.
+        together: All layers as if they were one, except for these.
+    """
+
+    nonfinite_samples: npt.NDArray[np.int64]
+    together: LayerMoments
+
+    def merge(self, other: RouteMoments) -> RouteMoments:
+        """Return what both have accumulated together."""
+        return RouteMoments(self.nonfinite_samples + other.nonfinite_samples, self.together.merge(other.together))
+
+
+class Scale:
+    """Standardises what the layers of a route showed by their constants.
+
+    Args:
+        points: The layers, in the order in which their channels are side by side.
+    """
+
+    def __init__(self, points: Sequence[ObservationPoint]) -> None:
+        self._points = points
+        self._constants = _constants(points)
+        scales, locations = zip(*[point.affine for point in points], strict=True)
+        self.ends = list(accumulate(map(len, scales)))
+        scale, location = torch.cat(scales), torch.cat(locations)
+        known = scale.isfinite() & location.isfinite()
+        self._known = known.numpy()
+        self._scale = scale.where(known, 1.0).numpy()
+        anchor = torch.cat([point.anchor.double().cpu() for point in points])
+        self._offset = (anchor - location).where(known, 0.0).numpy()
+
+    def is_current(self) -> bool:
+        """Tell whether the layers still have the constants that it was made from."""
+        return all(
+            now is then and version == before is not None
+            for (now, version), (then, before) in zip(_constants(self._points), self._constants, strict=True)
+        )
+
+    def moments(self, rows: Sequence[Rows]) -> RouteMoments:
+        """Standardise and summarise rows; non-finite values are left out of their own channel only."""
+        mean, variance = (np.concatenate(part) for part in zip(*rows, strict=True))
+        samples = len(mean)
+        with np.errstate(invalid="ignore", over="ignore"):
+            total, within = mean.sum(0, dtype=np.float64), variance.sum(0, dtype=np.float64)
+            bad = np.zeros(len(self.ends), np.int64)
+            finite: npt.NDArray[np.bool_] | None = None
+            count: npt.NDArray[np.int64] = np.where(self._known, samples, 0)
+            if not np.isfinite(total + within).all():
+                finite = np.isfinite(mean) & np.isfinite(variance)
+                whole = np.logical_and.reduceat(np.isfinite(mean), [0, *self.ends[:-1]], axis=1)
+                bad += samples - whole.sum(0)
+                count = np.where(self._known, finite.sum(0), 0)
+                total = mean.sum(0, dtype=np.float64, where=finite)
+                within = variance.sum(0, dtype=np.float64, where=finite)
+            average = total / np.maximum(count, 1)
+            mean -= average.astype(mean.dtype)
+            if finite is not None:
+                mean[~finite] = 0
+            # deviations from the mean, so that their own type is exact enough
+            m2 = np.einsum("nc,nc->c", mean, mean).astype(np.float64)
+        moments = Moments(
+            torch.from_numpy(count),
+            torch.from_numpy(np.where(count > 0, average + self._offset, 0.0) / self._scale),
+            torch.from_numpy(np.where(count > 0, m2, 0.0) / self._scale**2),
+        )
+        within = np.where(count > 0, within / np.maximum(count, 1), 0.0) / self._scale**2
+        return RouteMoments(bad, LayerMoments(samples, 0, moments, torch.from_numpy(within)))
+
+    def layer(self, position: int, seen: RouteMoments) -> LayerMoments:
+        """Take one layer out of what a route has accumulated."""
+        part = slice(self.ends[position - 1] if position else 0, self.ends[position])
+        moments = seen.together.moments
+        return LayerMoments(
+            seen.together.samples,
+            int(seen.nonfinite_samples[position]),
+            Moments(moments.count[part], moments.mean[part], moments.m2[part]),
+            seen.together.within[part],
+        )
+
+
+class Scales:
+    """The scale of each route that was met, made anew when the layers' constants have moved.
+
+    Args:
+        points: All observation points; routes refer to them by index.
+    """
+
+    def __init__(self, points: Sequence[ObservationPoint]) -> None:
+        self._points = points
+        self._scales: dict[tuple[int, ...], Scale] = {}
+
+    def __getitem__(self, route: tuple[int, ...]) -> Scale:
+        """Return the scale of a route whose layers are readable."""
+        scale = self._scales.get(route)
+        if scale is None or not scale.is_current():
+            scale = self._scales[route] = Scale([self._points[index] for index in route])
+        return scale
+
+    def readable(self, route: tuple[int, ...]) -> bool:
+        """Tell whether the layers of a route have running statistics still."""
+        return all(self._points[index].readable for index in route)
+
+    def layer(self, route: tuple[int, ...], position: int, seen: RouteMoments) -> LayerMoments:
+        """Take one layer out of what a route has accumulated."""
+        return self._scales[route].layer(position, seen)
+
+    def routes(self, record: Record) -> list[tuple[tuple[int, ...], Rows]]:
+        """Divide a forward up into routes: one, unless it ran a layer twice or it is one way too many."""
+        if record.whole and (record.route in self._scales or len(self._scales) < ROUTES):
+            return [(record.route, record.rows())]
+        return [((reading.index,), record.rows_of([reading])) for reading in record.readings]
+
+
+@dataclass
+class Seen:
+    """What has been accumulated over a stretch of the stream; two of them merge.
+
+    Attributes:
+        whole: Samples of whole forwards.
+        parts: Samples that each layer saw when a part of the model was called by itself.
+        routes: What each route has accumulated.
+    """
+
+    whole: int = 0
+    parts: Counter[int] = field(default_factory=Counter)
+    routes: dict[tuple[int, ...], RouteMoments] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Sequence[Record], scales: Scales) -> Seen:
+        """Summarise what some forwards showed."""
+        seen = cls()
+        found: dict[tuple[int, ...], list[Rows]] = {}
+        for record in records:
+            if record.samples is None:
+                seen.parts.update({record.readings[0].index: record.count})
+            else:
+                seen.whole += record.samples
+            for route, rows in scales.routes(record):
+                found.setdefault(route, []).append(rows)
+        for route, several in found.items():
+            if scales.readable(route):
+                seen.routes[route] = scales[route].moments(several)
+        return seen
+
+    @property
+    def samples(self) -> int:
+        """Number of samples: those of whole forwards, and those of parts as the layer that saw most has them."""
+        return self.whole + max(self.parts.values(), default=0)
+
+    def merge(self, other: Seen) -> None:
+        """Take in what another has seen."""
+        self.whole += other.whole
+        self.parts.update(other.parts)
+        for route, moments in other.routes.items():
+            mine = self.routes.get(route)
+            self.routes[route] = moments if mine is None else mine.merge(moments)
+
+    def layers(self, scales: Scales) -> dict[int, LayerMoments]:
+        """Return what each layer has accumulated, by its index, in registration order."""
+        found: dict[int, LayerMoments] = {}
+        for route, moments in self.routes.items():
+            for position, index in enumerate(route):
+                layer = scales.layer(route, position, moments)
+                found[index] = found[index].merge(layer) if index in found else layer
+        return dict(sorted(found.items()))
+
+
+def _constants(points: Sequence[ObservationPoint]) -> list[tuple[torch.Tensor | None, int | None]]:
+    """List what standardisation depends on, with its version; an inference tensor has none."""
+    tensors = [tensor for point in points for tensor in point.constants]
+    return [(tensor, None if tensor is None or tensor.is_inference() else tensor._version) for tensor in tensors]  # noqa: SLF001

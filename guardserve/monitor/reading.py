@@ -1,0 +1,215 @@
+"""What is read of one activation: some positions of every sample and channel, others in each forward.
+
+The positions of a layer are shared out among cells, each a regular grid over the whole activation. A forward reads
+one cell of each layer, and all cells come in turn: over as many forwards as there are positions, each position is
+read equally often. So means over forwards are those of all positions, and so is the variance over positions and
+samples together; only single samples are known less exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+VALUES = 8192
+"""Values that are read of each sample at each layer, about, unless told otherwise."""
+
+MIN_POSITIONS = 16
+"""Positions that are read at least, however many channels a layer has."""
+
+_WIDEST = 16
+"""Neighbouring columns read together, at most: a cache line of float32 where they are contiguous."""
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+_KEPT_CELLS = 1024
+
+
+class Reading(NamedTuple):
+    """What one layer showed when it ran, the deviations of its input ``x`` from the layer's anchor summed up.
+
+    Attributes:
+        index: The observation point.
+        total: ``count`` times the mean over positions of ``x - anchor``, shape ``(N, C)``, ones may follow.
+        squares: ``count`` times the variance over positions, likewise; None where there is one position.
+        count: What to divide both by.
+    """
+
+    index: int
+    total: torch.Tensor
+    squares: torch.Tensor | None
+    count: float
+
+
+class Cell(NamedTuple):
+    """A view of an activation: its size, strides and offset, and the number of positions in it."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How the indices of one axis of positions are shared out.
+
+    Attributes:
+        parts: The indices of each part.
+        part_of: The part that each index is in.
+    """
+
+    parts: tuple[range, ...]
+    part_of: tuple[int, ...]
+
+    @classmethod
+    def strided(cls, size: int, count: int) -> Axis:
+        """Let every ``count``-th index make a part."""
+        return cls(tuple(range(part, size, count) for part in range(count)), tuple(i % count for i in range(size)))
+
+    @classmethod
+    def blocks(cls, size: int, count: int) -> Axis:
+        """Let neighbours make a part; sizes differ by one at most."""
+        ends = [part * size // count for part in range(count + 1)]
+        parts = tuple(range(start, end) for start, end in pairwise(ends))
+        return cls(parts, tuple(i for i, part in enumerate(parts) for _ in part))
+
+
+@lru_cache(maxsize=256)
+def share_out(sizes: tuple[int, ...], target: int) -> tuple[Axis, ...]:
+    """Share positions out to cells of about ``target``: blocks of the last axis, spread over all of the others."""
+    *others, width = sizes
+    if not others:
+        return (Axis.strided(width, max(1, round(width / target))),)
+    wide = min(width, max(1, min(_WIDEST, round(math.sqrt(target))), target // math.prod(others)))
+    axes = [Axis.blocks(width, round(width / wide))]
+    left = target * len(axes[0].parts) / width
+    for size in reversed(others):
+        count = min(size, max(1, round(size / max(1.0, left))))
+        axes.append(Axis.strided(size, count))
+        left *= count / size
+    return tuple(reversed(axes))
+
+
+class Plan:
+    """The cells of activations of one shape and layout.
+
+    Args:
+        shape: Of the activation, ``(rows, C, *positions)``.
+        stride: Its strides.
+        values: Values to read of each sample, about; None reads all.
+        samples: Number of samples N, when it is known. If the model has laid k rows out of each (frames, crops),
+            one sample after the other, they count as its positions.
+
+    Attributes:
+        axes: The axes of positions in a cell's view.
+        positions: Number of positions.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], stride: Sequence[int], values: int | None, samples: int | None = None
+    ) -> None:
+        rows, channels, *sizes = shape
+        outer, channel, *strides = stride
+        each = rows // samples if samples and rows > samples and rows % samples == 0 else 1
+        if each > 1:
+            sizes, strides = [each, *sizes], [outer, *strides]
+        self.positions = math.prod(sizes)
+        self.axes = tuple(range(2, 2 + len(sizes)))
+        self._size = (rows // each, channels)
+        self._stride = (outer * each, channel)
+        self._strides = tuple(strides)
+        target = self.positions if values is None else max(MIN_POSITIONS, values // max(1, channels))
+        self.parts = (
+            share_out(tuple(sizes), target)
+            if target < self.positions
+            else tuple(Axis.blocks(size, 1) for size in sizes)
+        )
+        step = round(self.positions * _GOLDEN)
+        while math.gcd(step, max(1, self.positions)) > 1:
+            step += 1
+        self._step = step
+        self._cells: dict[int, Cell] = {}
+
+    def cell(self, turn: int) -> Cell:
+        """Return the cell that is read in a forward: that of some position, another one each time."""
+        place = turn * self._step % self.positions if self.positions else 0
+        index = 0
+        for axis in self.parts:
+            place, i = divmod(place, len(axis.part_of) or 1)
+            index = index * len(axis.parts) + axis.part_of[i]
+        cell = self._cells.get(index)
+        if cell is None:
+            if len(self._cells) >= _KEPT_CELLS:
+                self._cells.clear()
+            cell = self._cells[index] = self._make(index)
+        return cell
+
+    def _make(self, index: int) -> Cell:
+        chosen: list[range] = []
+        for axis in reversed(self.parts):
+            index, part = divmod(index, len(axis.parts))
+            chosen.insert(0, axis.parts[part])
+        size = tuple(len(part) for part in chosen)
+        stride = tuple(part.step * step for part, step in zip(chosen, self._strides, strict=True))
+        offset = sum(part.start * step for part, step in zip(chosen, self._strides, strict=True))
+        return Cell(self._size + size, self._stride + stride, offset, math.prod(size))
+
+
+def read(index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor) -> Reading:
+    """Read a cell of an activation.
+
+    The anchor, near the mean if the layer fits, is taken off first. Like the second pass over the deviations, it
+    keeps float32 exact where the mean is thousands of times the deviation.
+
+    Args:
+        index: The observation point.
+        x: Input of its layer, any floating dtype and memory format, not on an autograd graph.
+        plan: The plan for its shape and strides.
+        turn: The number of the forward.
+        anchor: At least float32, shape ``(C, 1, ...)`` with as many ones as the plan has axes.
+    """
+    size, stride, offset, count = plan.cell(turn)
+    deviation = x.as_strided(size, stride, x.storage_offset() + offset) - anchor
+    if count == 1:
+        return Reading(index, deviation, None, 1)
+    if x.is_cuda:  # one kernel for both; on a CPU it takes many times as long as the sums
+        variance, mean = torch.var_mean(deviation, plan.axes, correction=0)
+        return Reading(index, mean, variance, 1)
+    total = deviation.sum(plan.axes, keepdim=True)
+    return Reading(index, total, deviation.sub_(total, alpha=1 / count).square_().sum(plan.axes), count)
+
+
+class Rows(NamedTuple):
+    """Readings of one or more layers as arrays on the CPU.
+
+    Attributes:
+        mean: Mean over positions of each sample's deviation from the anchor, shape ``(N, sum of C)``.
+        variance: Its variance over positions, likewise.
+    """
+
+    mean: npt.NDArray[np.floating[Any]]
+    variance: npt.NDArray[np.floating[Any]]
+
+
+def side_by_side(readings: Sequence[Reading]) -> Rows:
+    """Put the readings of layers with equally many samples side by side."""
+    totals = [total if total.ndim == 2 else total.flatten(1) for _, total, _, _ in readings]  # noqa: PLR2004
+    squares = [
+        torch.zeros_like(total) if reading.squares is None else reading.squares
+        for reading, total in zip(readings, totals, strict=True)
+    ]
+    mean, variance = (torch.cat(part, 1).cpu().numpy() for part in (totals, squares))
+    if any(reading.count != 1 for reading in readings):
+        share = np.repeat([1 / reading.count for reading in readings], [total.shape[1] for total in totals])
+        mean *= share.astype(mean.dtype)
+        variance *= share.astype(mean.dtype)
+    return Rows(mean, variance)
