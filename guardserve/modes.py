@@ -9,7 +9,7 @@ switched back when the last of them lets go.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, MutableMapping
 from itertools import chain
 from operator import itemgetter
@@ -148,6 +148,9 @@ class EvalHold:
         self._children = self._children_now()
         for module in self._modules:
             if module not in self._hooks and _heeds_flag(module):
+                own = vars(module).get("_forward_pre_hooks")
+                if type(own) is OrderedDict and not own:  # else there are handles that know it
+                    vars(module)["_forward_pre_hooks"] = _Hooks()
                 self._hooks[module] = module.register_forward_pre_hook(_KeepEval(self))
 
     def _children_now(self) -> tuple[nn.Module | None, ...]:
@@ -181,6 +184,18 @@ class _KeepEval:
 
     def __reduce__(self) -> tuple[type[_KeepEval], tuple[None]]:
         return _KeepEval, (None,)
+
+
+class _Hooks(OrderedDict[int, Any]):
+    """Pre-hooks of a layer, which has items for the guard's too, but no values.
+
+    A forward reads the items. ``torch.jit.script``, which would compile all hooks, and tools that move a layer's hooks
+    elsewhere, read the values.
+    """
+
+    def values(self) -> Any:
+        """Return the hooks that are not the guard's."""
+        return [hook for hook in super().values() if not isinstance(hook, _KeepEval)]
 
 
 class _Attributes(MutableMapping[str, Any]):

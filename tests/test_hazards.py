@@ -298,3 +298,44 @@ def test_batched_and_single_answers_agree_within_tolerance() -> None:
     guard = EvalGuard(convnet())
     together = guard(X)
     torch.testing.assert_close(torch.cat([guard(row[None]) for row in X]), together, rtol=1e-4, atol=1e-5)
+
+
+def test_a_guarded_model_can_be_scripted_and_is_still_guarded() -> None:
+    """TorchScript does not see the guard's hooks, and the model's own forward still runs them."""
+    model = convnet().eval()
+    guard, again = EvalGuard(model), EvalGuard(model)
+    expected = guard(X)
+    script = scripted(model)
+    assert torch.equal(script(X), expected)
+    assert torch.equal(EvalGuard(script)(X), expected)
+    frozen = io.BytesIO(script.save_to_buffer())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(torch.jit.load(frozen)(X), expected)  # type: ignore[no-untyped-call]
+    with guard:
+        model[1].train()
+        assert torch.equal(model(X), expected)
+    assert guard.counts["training_during_forward"] == 1
+    again.close()
+    guard.close()
+    assert not any(layer._forward_pre_hooks for layer in model)
+
+
+def test_hooks_that_a_user_has_put_on_a_layer_stay_in_place() -> None:
+    """Before the guard and after it, with handles that remove them."""
+    layer, calls = nn.BatchNorm1d(3).eval(), list[str]()
+    before = layer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    guard = EvalGuard(layer)
+    after = layer.register_forward_pre_hook(lambda *_: calls.append("after"))
+    guard(torch.ones(2, 3))
+    assert calls == ["before", "after"]
+    other, seen = nn.BatchNorm1d(3).eval(), list[str]()
+    guard = EvalGuard(other)
+    handle = other.register_forward_pre_hook(lambda *_: seen.append("other"))
+    assert len(list(other._forward_pre_hooks.values())) == 1
+    guard(torch.ones(2, 3))
+    for hook in (before, after, handle):
+        hook.remove()
+    layer(torch.ones(2, 3))
+    other(torch.ones(2, 3))
+    assert (calls, seen) == (["before", "after"], ["other"])

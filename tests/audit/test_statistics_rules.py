@@ -91,13 +91,14 @@ def test_bn005_non_finite_statistics_and_parameters(build: Build, value: float, 
 def test_bn005_damage_that_was_fused_or_frozen_into_other_layers() -> None:
     """The NaN of a running mean goes into a bias: in torch's own fusion, in a frozen trace or script, inside others."""
     model, example = convolutional()
-    sound = [frozen(model), frozen_trace(model, example), fused(model)]
+    sound: list[nn.Module] = [frozen(model), frozen_trace(model, example), fused(model)]
     norms(model)[0].get_buffer("running_mean")[1] = torch.nan
-    spoilt = [frozen(model), frozen_trace(model, example), fused(model), fused(model).state_dict()]
+    spoilt: list[nn.Module] = [frozen(model), frozen_trace(model, example), fused(model)]
     for program in [*sound, nn.Sequential(sound[0]).eval()]:
         assert "BN005" not in codes(audit(program))
-    for program in [*spoilt, nn.Sequential(spoilt[0]).eval()]:
-        (finding,) = hits(audit(program), "BN005")
+    reports = [audit(program) for program in (*spoilt, nn.Sequential(spoilt[0]).eval())]
+    for report in [*reports, audit(fused(model).state_dict())]:
+        (finding,) = hits(report, "BN005")
         assert (finding.severity, "bias" in finding.module + finding.message) == ("error", True)
     first = frozen(nn.Sequential(copy.deepcopy(norms(model)[0]), nn.Conv2d(8, 2, 1)).eval())
     assert [finding.module for finding in hits(audit(nn.Sequential(first).eval()), "BN005")] == ["0.0"]
