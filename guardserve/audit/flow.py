@@ -29,6 +29,7 @@ MIXING = _kinds(
     "conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d convolution linear addmm conv2dsame"
 )
 DROPOUTS = _kinds("dropout dropout1d dropout2d dropout3d featuredropout nativedropout")
+_ATTENTION = "scaleddotproductattention"
 IDENTITIES = _kinds("identity contiguous clone detach alias to float double half typeas getitem if list")
 TRANSPOSITIONS = _kinds("transpose permute movedim swapaxes t flatten squeeze unsqueeze")
 RESHAPES = TRANSPOSITIONS | _kinds("view reshape unsafeview unflatten")
@@ -52,6 +53,7 @@ class Step:
         sources: The steps whose outputs it takes.
         bias: Whether it adds a bias of its own, for convolutions and linear layers.
         probability: Probability of dropping a value, for dropouts.
+        trains: Whether a dropout that is no module drops for good, being told so by its argument.
         users: Number of steps that take its output.
     """
 
@@ -60,6 +62,7 @@ class Step:
     sources: list[Step] = field(default_factory=list)
     bias: bool = False
     probability: float = 0.0
+    trains: bool = False
     users: int = 0
 
     def __post_init__(self) -> None:
@@ -99,14 +102,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Flow:
-    """The normalisations of a model's activations, each with all that comes before it."""
+    """The normalisations of a model's activations, each with all that comes before it, and dropouts that drop."""
 
     norms: tuple[Step, ...]
+    dropping: tuple[Step, ...]
 
     @classmethod
     def of(cls, steps: list[Step]) -> Flow:
-        """Keep the normalisations of activations."""
-        return cls(tuple(step for step in steps if step.kind == NORM and step.depends_on_input))
+        """Keep the normalisations and the dropouts of activations."""
+        norms = (step for step in steps if step.kind == NORM and step.depends_on_input)
+        dropping = (step for step in steps if step.trains and step.probability and step.depends_on_input)
+        return cls(tuple(norms), tuple(dropping))
 
 
 def kind_of(name: str) -> str:
@@ -140,8 +146,18 @@ def function_step(function: str, name: str, sources: list[Step], args: Any, kwar
     kind = kind_of(function)
     third = kwargs.get("bias", args[2] if len(args) > 2 else None)  # noqa: PLR2004 - input, weight, bias
     probability = _number(kwargs.get("p", args[1] if len(args) > 1 else 0.5)) if kind in DROPOUTS else 0.0
+    trains = kind in DROPOUTS and _dropout_mode(args, kwargs) is True
+    if kind == _ATTENTION:  # it has no mode, and drops whenever it is told a probability
+        probability = _number(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))  # noqa: PLR2004
+        trains = True
     # addmm is a linear layer with its bias first
-    return Step(kind, name, sources, bias=third is not None or kind == "addmm", probability=probability)
+    bias = third is not None or kind == "addmm"
+    return Step(kind, name, sources, bias=bias, probability=probability, trains=trains)
+
+
+def _dropout_mode(args: Any, kwargs: Any) -> object:
+    """Return the argument of a functional dropout that tells whether to drop: it does, unless it is told not to."""
+    return kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))  # noqa: PLR2004
 
 
 def _number(value: object) -> float:
@@ -260,7 +276,8 @@ def _script_step(module: torch.jit.ScriptModule, node: Any, sources: list[Step])
         return Step(kind, next(filter(None, map(script_owner, (values[3], values[1]))), ""), sources)
     bias = len(values) > 2 and kind in MIXING and _is_tensor(module, values[2])  # noqa: PLR2004
     probability = _number(values[1].toIValue()) if kind in DROPOUTS else 0.0
-    return Step(kind, script_owner(values[1]) if kind in MIXING else "", sources, bias, probability)
+    trains = kind in DROPOUTS and len(values) > 2 and values[2].toIValue() is True  # noqa: PLR2004
+    return Step(kind, script_owner(values[1]) if kind in MIXING else "", sources, bias, probability, trains)
 
 
 def script_path(value: Any) -> list[str]:

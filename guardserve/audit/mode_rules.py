@@ -174,7 +174,7 @@ def no_running_stats(subject: Subject) -> Iterator[Hit | Gap]:
 
 @rule("BN003", "training-baked-into-graph", "error")
 def training_graph(subject: Subject) -> Iterator[Hit | Gap]:
-    """A graph has training-mode BatchNorm baked in.
+    """A graph has training-mode BatchNorm or dropout baked in.
 
     Tracing, ``torch.export`` and ONNX export write the mode into the graph as a constant. ``eval()`` on the result may
     even set ``training`` to False: the graph does not read it.
@@ -183,7 +183,7 @@ def training_graph(subject: Subject) -> Iterator[Hit | Gap]:
 
     Found: from the training argument of each batch normalisation whose input depends on the program's inputs, in
     TorchScript, ``torch.export`` and ``torch.fx`` graphs and in ONNX. A normalised weight (weight standardisation) is
-    left out.
+    left out. Dropout that always drops counts too, where no BatchNorm tells.
 
     Remedy: call ``model.eval()`` and trace or export again; the finished program cannot be mended.
 
@@ -192,9 +192,13 @@ def training_graph(subject: Subject) -> Iterator[Hit | Gap]:
         torch.jit.trace(model.train(), x).eval()    # BN003, though .training is False
         torch.jit.trace(model.eval(), x)            # clean
     """
-    for norm in subject.graph_norms:
-        if norm.trains:
-            yield Hit(norm.name, f"{norm.operator} always uses batch statistics")
+    trained = [norm for norm in subject.graph_norms if norm.trains]
+    for norm in trained:
+        yield Hit(norm.name, f"{norm.operator} always uses batch statistics")
+    if subject.is_graph and not trained:
+        for step in subject.flow.dropping:
+            why = "the program drops values at random for good, so that the same request gets another answer each time"
+            yield Hit(step.name, f"{step.kind} with p={step.probability:g} always drops", why=why)
 
 
 @rule("BN014", "frozen-by-halves", "warning")

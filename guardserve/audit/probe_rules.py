@@ -178,7 +178,7 @@ def trains_during_forward(subject: Subject) -> Iterator[Hit | Gap]:
 
     Some code calls ``self.train()``, or ``layer.train()``, inside ``forward``: Monte Carlo dropout, a helper that was
     meant for training, a wrapper that restores what it takes for the usual mode. Layers in a plain list, or made in the
-    forward, are no submodules, and are always in training mode.
+    forward, are no submodules, and are always in training mode; ``F.dropout`` drops unless it is told not to.
 
     Why: ``model.eval()`` before the call has no effect, and the model normalises by the batch at hand all the same.
 
@@ -203,6 +203,14 @@ def trains_during_forward(subject: Subject) -> Iterator[Hit | Gap]:
         remedy = "make it a submodule, by an attribute of its own or an `nn.ModuleList`, and only in `__init__`"
         seen = f"a {kind} that is no submodule, in a list or made in the forward, trains during the forward"
         yield Hit(subject.prefix + name, seen, remedy=remedy)
+    told = {name for name, kind in subject.probes.unregistered if "Dropout" in kind}
+    dropping = subject.probes.flow.dropping if subject.probes.flow else ()
+    for step in (step for step in dropping if step.name not in told):
+        seen = f"{step.kind} with p={step.probability:g} is called as a function and told to drop, in eval mode too"
+        why = "the same request gets another answer each time, and `model.eval()` has no effect on it"
+        yield Hit(
+            subject.prefix + step.name, seen, why=why, remedy="pass `training=self.training`, which is not the default"
+        )
 
 
 @rule("BN105", "non-finite-output", "error")

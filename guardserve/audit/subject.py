@@ -190,6 +190,11 @@ class Subject:
         return unwrapped(self.root)[0]
 
     @property
+    def is_graph(self) -> bool:
+        """Whether the model is a program whose graph can be read: TorchScript, or from torch.export or torch.fx."""
+        return self._root is not None and isinstance(self.inner, (torch.jit.ScriptModule, fx.GraphModule))
+
+    @property
     def modules(self) -> list[nn.Module]:
         """All modules; none when there is no code."""
         return [] if self._root is None else list(self._root.modules())

@@ -295,7 +295,7 @@ def test_a_dict_goes_to_the_forward_as_it_takes_it() -> None:
 def test_bn102_a_random_output_is_told_and_not_taken_for_dependence(function: Any) -> None:
     """Random numbers are the same in batches of one size; a row alone cannot be compared."""
     report = audit(Head(function, features=64).eval(), ROWS)
-    assert not codes(report) - {"BN015"}
+    assert codes(report) - {"BN015"} == ({"BN104"} if function is F.dropout else set())
     assert "random, in eval mode too" in reasons(report, "BN102")[0]
     mixed = audit(Head(lambda y: function(y - y.mean(0)), features=64).eval(), ROWS)
     assert "BN102" in codes(mixed)
@@ -864,3 +864,74 @@ def test_bn105_masks_of_minus_infinity_are_a_warning() -> None:
     for fault in faults:
         (finding,) = hits(audit(Head(fault).eval(), ROWS), "BN105")
         assert finding.severity == "error"
+
+
+class Dropping(nn.Module):
+    """Drops by a function of the input and of its own mode."""
+
+    def __init__(self, function: Callable[[torch.Tensor, bool], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 64)
+        self.norm = nn.BatchNorm1d(64)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop."""
+        return self.function(self.norm(self.linear(x)), self.training)
+
+
+def attention(y: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
+    """Attend to itself."""
+    return F.scaled_dot_product_attention(y, y, y, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, _: F.dropout(y, 0.5),
+        lambda y, _: F.dropout(y, p=0.1, training=True),
+        lambda y, _: torch.dropout(y, 0.5, True),
+        lambda y, _: F.dropout1d(y[..., None]).squeeze(-1),
+        lambda y, _: attention(y.reshape(-1, 8, 8), dropout_p=0.3).flatten(1),
+    ],
+    ids=["default", "named", "torch", "channels", "attention"],
+)
+def test_bn104_a_function_told_to_drop(function: Any) -> None:
+    """It has no mode that eval could change, and it drops by default."""
+    model = nn.Sequential(nn.Linear(3, 3), Dropping(function)).eval()
+    (finding,) = hits(audit(model, ROWS), "BN104")
+    assert (finding.module, finding.severity) == ("1", "error")
+    assert "told to drop" in finding.message
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, training: F.dropout(y, 0.5, training),
+        lambda y, training: F.dropout(y, training=training),
+        lambda y, _: F.dropout(y, 0.0),
+        lambda y, training: torch.dropout(y, 0.5, training),
+        lambda y, _: attention(y.reshape(-1, 8, 8)).flatten(1),
+        lambda y, _: y + 0 * F.dropout(torch.ones(64)),
+    ],
+    ids=["placed", "named", "zero", "torch", "attention", "of a constant"],
+)
+def test_bn104_a_function_that_does_not_drop_is_clean(function: Any) -> None:
+    """It is told the mode, or a probability of zero, or drops nothing of the input."""
+    settled_model, _ = settled(Dropping(function), ROWS)
+    report = audit(settled_model, ROWS)
+    assert not report.reaches("warning")
+    assert "BN104" in report.ran
+
+
+def test_bn003_dropout_that_is_fixed_in_a_graph() -> None:
+    """In traces and exports made in training mode, of a layer and of a function; those made in eval mode are clean."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.3), Dropping(lambda y, training: F.dropout(y, 0.2, training)))
+    model[2].norm = nn.Identity()
+    for training in (True, False):
+        program = exported(model.train(training), ROWS)
+        for subject in (traced(model.train(training), ROWS), program, program.module()):
+            found = [finding for finding in hits(audit(subject), "BN003") if "dropout" in finding.message]
+            assert len(found) == (2 if training else 0)
+            assert all("always drops" in finding.message for finding in found)
+    assert not hits(audit(scripted(nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3)))), "BN003")
