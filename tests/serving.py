@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -38,10 +39,10 @@ def loaded(module: nn.Module, *inputs: TensorSpec, name: str = "net") -> LoadedM
 
 
 @contextmanager
-def serving(module: nn.Module, *inputs: TensorSpec, max_body_size: int = 2**20) -> Iterator[httpx.Client]:
+def serving(module: nn.Module, *inputs: TensorSpec, **limits: Any) -> Iterator[httpx.Client]:
     """Serve a module in a thread; give a client once its start-up probe has ended, passed or not."""
     runtime = Runtime(loaded(module, *inputs))
-    app = create_app(runtime, limits=Limits(max_batch_size=8, max_body_size=max_body_size))
+    app = create_app(runtime, limits=Limits(**{"max_batch_size": 8, "max_body_size": 2**20, **limits}))
     with serve_in_background(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
         wait_until(lambda: runtime.failure is None or "failed" in runtime.failure)
         yield client

@@ -93,6 +93,9 @@ def serve(model: str, **options: Any) -> None:
         proxy_headers=False,
         timeout_graceful_shutdown=settings.shutdown_timeout,
     )
+    # what is there now stays: looking through all of torch for garbage again and again would hold requests up
+    gc.collect()
+    gc.freeze()
     server = Server(config, app.life, settings.drain_delay)
     server.run()
     if not server.started:

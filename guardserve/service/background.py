@@ -31,7 +31,9 @@ def serve_in_background(app: Service, host: str = "127.0.0.1", port: int = 0) ->
     Raises:
         GuardserveError: If the server does not start.
     """
-    server = Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, proxy_headers=False), app.life)
+    server = Server(
+        uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, proxy_headers=False), app.life
+    )
     thread = threading.Thread(target=server.run, name="guardserve-server")
     thread.start()
     try:

@@ -70,13 +70,16 @@ def decode_binary(data: memoryview, dtype: torch.dtype, shape: Sequence[int]) ->
     if dtype is torch.bool and (bad := values > 1).any():
         index = int(bad.argmax())
         raise ValueError(f"the byte at index {index} is {values[index]}, and a BOOL is 0 or 1")
-    return torch.from_numpy(values.reshape(shape)).view(dtype)
+    tensor = torch.from_numpy(values.reshape(shape))
+    return tensor if tensor.dtype is dtype else tensor.view(dtype)
 
 
 def encode_binary(tensor: torch.Tensor) -> memoryview:
     """Return a tensor's values as little-endian, row-major bytes."""
     values = _flat(tensor)
-    return values.astype(values.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
+    if sys.byteorder == "big":
+        values = values.astype(values.dtype.newbyteorder("<"))
+    return values.view(np.uint8).data
 
 
 def decode_json(data: object, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
@@ -117,8 +120,9 @@ def encode_json(tensor: torch.Tensor) -> Array:
 
 def _flat(tensor: torch.Tensor) -> Array:
     """Return the values of a tensor in row-major order, bfloat16 as the int16 of the same bits."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    values: Array = (flat.view(torch.int16) if flat.dtype is torch.bfloat16 else flat).numpy()
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    values: Array = tensor.numpy(force=True).reshape(-1)
     return values
 
 
@@ -160,6 +164,8 @@ def _narrow(numbers: Array) -> Array:
     """Round float64 to float32, refusing what overflows."""
     with np.errstate(over="ignore"):
         narrow = numbers.astype(np.float32)
+        if math.isfinite(narrow.sum()):
+            return narrow
     overflowed = np.isinf(narrow) & np.isfinite(numbers)
     if overflowed.any():
         index = int(overflowed.argmax())

@@ -20,7 +20,8 @@ from guardserve.runtime import Runtime
 from guardserve.service.answer import CLIENT_CLOSED_REQUEST, RETRY_AFTER, Answer, failure, refusal
 from guardserve.service.body import json_member
 from guardserve.service.limits import Limits
-from guardserve.service.protocol import InferRequest, ProtocolError, decompress, parse_request, render_response
+from guardserve.service.protocol import InferRequest, ProtocolError, decompress, render_response
+from guardserve.service.request import RequestReader
 
 Receive: TypeAlias = Callable[[], Awaitable[Any]]
 Outcome: TypeAlias = Literal["done", "expired", "gone"]
@@ -86,6 +87,7 @@ class Inference:
             forward_ended=metrics.forward_ended,
         )
         metrics.engine = self._engine
+        self._reader = RequestReader(lambda: runtime.signature, self._max_batch_size)
         self._coder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardserve-coder")
         self._pending: dict[Pending, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -146,12 +148,7 @@ class Inference:
                 body, None if encoding is None else encoding.decode("latin-1"), self._limits.max_body_size
             )
         length = headers.get(b"inference-header-content-length")
-        return parse_request(
-            body,
-            None if length is None else length.decode("latin-1"),
-            self._runtime.signature,
-            max_batch_size=self._max_batch_size,
-        )
+        return self._reader.read(body, None if length is None else length.decode("latin-1"))
 
     def _write(self, outputs: Mapping[str, torch.Tensor], request: InferRequest) -> Answer:
         try:
@@ -234,10 +231,8 @@ class Inference:
             asyncio.get_running_loop().call_later(PATROL_INTERVAL, self._patrol)
 
     async def _watch(self, job: Pending) -> None:
-        """Drop a request whose client goes away."""
-        while True:
-            message = await job.receive()
-            if message["type"] == "http.disconnect":
-                self._engine.drop(job)
-                job.settle("gone")
-                return
+        """Drop a request whose client goes away: after the body nothing else can come."""
+        message = await job.receive()
+        if message["type"] == "http.disconnect":
+            self._engine.drop(job)
+            job.settle("gone")

@@ -1,0 +1,254 @@
+"""More than the server can do: it says so at once, drops what nobody waits for, and recovers."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from serving import metric, serving, wait_until
+from torch import nn
+
+INFER = "/v2/models/net/infer"
+
+
+class Gate(nn.Module):
+    """A model that waits at a gate for inputs that begin with 77, and remembers the first features that it saw."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+        self.open = threading.Event()
+        self.seen: list[float] = []
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise, when the gate is open."""
+        self.seen += x[:, 0].tolist()
+        if (x[:, 0] == 77).any():
+            self.open.wait(30)
+        time.sleep(self.seconds)
+        y: torch.Tensor = self.bn(x)
+        return y
+
+
+def body(first: float, **parameters: Any) -> dict[str, Any]:
+    """Return a request of one row."""
+    tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [first, 1.0, 2.0]}
+    return {"parameters": parameters, "inputs": [tensor]}
+
+
+@contextmanager
+def blocked(model: Gate, **limits: Any) -> Iterator[tuple[httpx.Client, ThreadPoolExecutor, Future[httpx.Response]]]:
+    """Serve a model whose worker waits at the gate; give a client, threads, and the answer that is to come."""
+    with serving(model, **limits) as client, ThreadPoolExecutor(8) as threads:
+        try:
+            first = threads.submit(client.post, INFER, json=body(77), timeout=30)
+            wait_until(lambda: 77 in model.seen)
+            yield client, threads, first
+        finally:
+            model.open.set()
+
+
+def errors(client: httpx.Client, reason: str) -> float:
+    """Read how many requests failed for a reason."""
+    return metric(client, f'guardserve_request_errors_total{{model="net",reason="{reason}"}}')
+
+
+def waiting(client: httpx.Client) -> float:
+    """Read how many requests wait."""
+    return metric(client, 'guardserve_queue_size{model="net"}')
+
+
+def test_a_full_queue_is_said_at_once_and_health_and_metrics_still_answer() -> None:
+    """503 with Retry-After; what was accepted before is answered once the model goes on."""
+    model = Gate()
+    with blocked(model, max_queue_size=2) as (client, threads, first):
+        accepted = [threads.submit(client.post, INFER, json=body(n), timeout=30) for n in (1, 2)]
+        wait_until(lambda: waiting(client) == 2)
+        started = time.monotonic()
+        refused = client.post(INFER, json=body(3))
+        assert time.monotonic() - started < 1
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert "2 requests are waiting" in refused.json()["error"]
+        assert client.get("/v2/health/ready").status_code == 200
+        assert errors(client, "overloaded") == 1
+        model.open.set()
+        assert [answer.result().status_code for answer in (first, *accepted)] == [200] * 3
+        assert client.post(INFER, json=body(4)).status_code == 200
+    assert 3.0 not in model.seen
+
+
+def test_a_request_whose_time_is_over_gets_504_and_is_never_run() -> None:
+    """Its own time in microseconds, or the server's; the model does not see it."""
+    model = Gate()
+    with blocked(model, request_timeout=0.4) as (client, _, first):
+        for sent, expected in ((body(1, timeout=50_000), 0.05), (body(2), 0.4)):
+            started = time.monotonic()
+            answer = client.post(INFER, json=sent)
+            assert answer.status_code == 504
+            assert "time was over" in answer.json()["error"]
+            assert expected <= time.monotonic() - started < expected + 0.5
+        assert first.result().status_code == 504, "its forward has begun, but nobody waits for it any more"
+        assert errors(client, "timeout") == 3
+        model.open.set()
+        assert client.post(INFER, json=body(3)).status_code == 200
+    assert {1.0, 2.0}.isdisjoint(model.seen)
+
+
+@pytest.mark.parametrize("timeout", [-1, 1.5, "1"])
+def test_a_timeout_that_is_none_is_refused(timeout: object) -> None:
+    """It must be a whole number of microseconds."""
+    with serving(Gate()) as client:
+        answer = client.post(INFER, json=body(1, timeout=timeout))
+        assert answer.status_code == 400
+        assert "timeout" in answer.json()["error"]
+        assert client.post(INFER, json=body(1, timeout=0)).status_code == 200
+
+
+def test_a_client_that_goes_away_takes_its_waiting_request_with_it() -> None:
+    """The model never sees it, and it is counted as 499."""
+    model = Gate()
+    with blocked(model) as (client, _, _):
+        with raw(client) as connection:
+            connection.sendall(http(body(5)))
+            wait_until(lambda: waiting(client) == 1)
+        wait_until(lambda: waiting(client) == 0)
+        wait_until(lambda: errors(client, "disconnected") == 1)
+        assert metric(client, 'guardserve_requests_total{model="net",status="499"}') == 1
+        model.open.set()
+        assert client.post(INFER, json=body(6)).status_code == 200
+    assert 5.0 not in model.seen
+
+
+def test_a_body_that_does_not_come_is_waited_for_so_long_and_no_longer() -> None:
+    """408, the connection is closed, and others are served meanwhile."""
+    with serving(Gate(), body_timeout=0.3) as client, raw(client) as connection:
+        connection.sendall(http(body(1))[:-20])
+        assert client.post(INFER, json=body(2)).status_code == 200
+        answer = read_all(connection)
+        assert b" 408 " in answer.splitlines()[0]
+        assert b"took longer than 0.3 s" in answer
+        assert errors(client, "slow_body") == 1
+
+
+def test_a_client_that_goes_away_in_its_body_is_counted_and_harms_nobody() -> None:
+    """Half of a request is none."""
+    with serving(Gate()) as client:
+        with raw(client) as connection:
+            connection.sendall(http(body(1))[:-20])
+            wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 1)
+        wait_until(lambda: errors(client, "disconnected") == 1)
+        assert client.post(INFER, json=body(2)).status_code == 200
+        assert metric(client, 'guardserve_requests_in_flight{model="net"}') == 0
+
+
+@pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00", b"GET / SMTP/9\r\n\r\n", b"\0" * 1000, b"POST  \r\n\r\n"])
+def test_bytes_that_are_no_http_are_refused_and_harm_nobody(garbage: bytes) -> None:
+    """The connection ends; the next one is served."""
+    with serving(Gate()) as client:
+        with raw(client) as connection:
+            connection.sendall(garbage)
+            assert b" 200 " not in read_all(connection)
+        assert client.post(INFER, json=body(2)).status_code == 200
+
+
+def test_bodies_held_at_once_are_bounded_together() -> None:
+    """Requests that wait count with their bodies; more get 503 until there is room."""
+    model = Gate()
+    size = len(json.dumps(body(1)))
+    with blocked(model, max_pending_size=3 * size) as (client, threads, first):
+        accepted = threads.submit(client.post, INFER, json=body(1), timeout=30)
+        wait_until(lambda: waiting(client) == 1)
+        large = {**body(2), "id": "x" * 2 * size}
+        answer = client.post(INFER, json=large)
+        assert answer.status_code == 503
+        assert "retry-after" in answer.headers
+        model.open.set()
+        assert first.result().status_code == accepted.result().status_code == 200
+        assert client.post(INFER, json=large).status_code == 200
+
+
+def test_a_forward_that_hangs_is_504_and_unready_until_the_server_has_recovered() -> None:
+    """Its request is told, readiness fails, another thread passes the self-test, and all is counted."""
+    model = Gate()
+    with blocked(model, forward_timeout=0.5) as (client, _, first):
+        assert first.result().status_code == 504
+        assert "longer than 0.5 s" in first.result().json()["error"]
+        wait_until(lambda: client.get("/v2/health/ready").status_code == 200, timeout=10)
+        assert client.post(INFER, json=body(1)).status_code == 200
+        assert metric(client, 'guardserve_faults_total{kind="hang",model="net"}') == 1
+        assert metric(client, 'guardserve_recoveries_total{model="net"}') == 1
+
+
+def test_ten_times_too_much_is_answered_or_refused_without_growing() -> None:
+    """Every request gets exactly one answer, those accepted soon, and afterwards all is as before."""
+    model = Gate(seconds=0.005)
+    with serving(model, max_queue_size=8, max_batch_size=1) as client:
+        client.post(INFER, json=body(1))
+        before, threads = resident(), threading.active_count()
+        outcomes: Counter[int] = Counter()
+        slowest: list[float] = []
+        end = time.monotonic() + 4
+
+        def hammer() -> None:
+            with httpx.Client(base_url=client.base_url, trust_env=False, timeout=30) as mine:
+                while time.monotonic() < end:
+                    started = time.monotonic()
+                    status = mine.post(INFER, json=body(1)).status_code
+                    outcomes[status] += 1
+                    if status == 200:
+                        slowest.append(time.monotonic() - started)
+
+        with ThreadPoolExecutor(32) as pool:
+            for done in [pool.submit(hammer) for _ in range(32)]:
+                done.result()
+        assert set(outcomes) == {200, 503}
+        assert sorted(slowest)[int(0.99 * len(slowest))] < 2
+        assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == outcomes[200] + 1
+        assert metric(client, 'guardserve_requests_total{model="net",status="503"}') == outcomes[503]
+        assert waiting(client) == metric(client, 'guardserve_requests_in_flight{model="net"}') == 0
+        assert client.post(INFER, json=body(1), timeout=1).status_code == 200
+        assert resident() - before < 40 * 2**20
+        assert threading.active_count() <= threads + 2
+
+
+def resident() -> int:
+    """Return this process's resident memory in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def http(request: dict[str, Any]) -> bytes:
+    """Write a request as it goes over the wire."""
+    content = json.dumps(request).encode()
+    return f"POST {INFER} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
+
+
+@contextmanager
+def raw(client: httpx.Client) -> Iterator[socket.socket]:
+    """Connect to a client's server without any HTTP."""
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=10) as connection:
+        yield connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Read until the server closes the connection."""
+    received = b""
+    try:
+        while chunk := connection.recv(65536):
+            received += chunk
+    except ConnectionResetError:
+        pass
+    return received
