@@ -23,7 +23,7 @@ from guardserve.exceptions import NonFiniteOutputError, TrainingModeError
 from guardserve.gradients import gradients
 from guardserve.graphs import graph_norms
 from guardserve.modes import EvalHold
-from guardserve.nonfinite import NonFinite, find_nonfinite
+from guardserve.nonfinite import NonFinite, find_nonfinite, is_finite
 from guardserve.tracing import trace_nonfinite
 
 P = ParamSpec("P")
@@ -161,8 +161,7 @@ class EvalGuard:
         except BaseException:
             self._release()  # the model's own error is the one to be seen
             raise
-        self.release()
-        self._count("calls")
+        self.release(calls=1)
         return output
 
     def __enter__(self) -> nn.Module:
@@ -207,6 +206,8 @@ class EvalGuard:
         Raises:
             NonFiniteOutputError: If there is one and the policy is ``"raise"``.
         """
+        if isinstance(output, torch.Tensor) and is_finite(output):
+            return []
         found = list(find_nonfinite(output, name))
         if not found:
             return found
@@ -247,17 +248,20 @@ class EvalGuard:
                     _some(self._hold.names(found)),
                 )
 
-    def release(self) -> None:
+    def release(self, calls: int = 0) -> None:
         """Let go of the model; the last holder gives every module its own flag back.
+
+        Args:
+            calls: Number of calls to count.
 
         Raises:
             TrainingModeError: If running statistics moved since :meth:`acquire` and the policy is ``"raise"``.
         """
-        changed = self._release()
+        changed = self._release(calls)
         if changed:
             self._report_changed(changed)
 
-    def _release(self) -> list[str]:
+    def _release(self, calls: int = 0) -> list[str]:
         """Let go; return the buffers that changed, which are counted."""
         flipped = self._hold.release()
         if flipped:
@@ -266,7 +270,8 @@ class EvalGuard:
         with self._lock:
             self._inside -= 1
             changed = self._watch.changed()
-        self._count("buffers_changed", len(changed))
+            self._counts["calls"] += calls
+            self._counts["buffers_changed"] += len(changed)
         return changed
 
     def _report_changed(self, changed: list[str]) -> None:

@@ -59,7 +59,7 @@ class EvalHold:
             The modules that were found training: none for a model that its owner has put in eval mode.
         """
         with _LOCK:
-            if self._children_now() != self._children or any(self._leaves):
+            if self._has_grown():
                 self._survey()
             found = self._switch_to_eval()
             if self.depth == 0:
@@ -74,7 +74,8 @@ class EvalHold:
             The modules that somebody put in training mode during the hold.
         """
         with _LOCK:
-            flipped = self._newcomers() + self._switch_to_eval()
+            flipped = self._newcomers() if self._has_grown() else []
+            flipped += self._switch_to_eval()
             self.depth -= 1
             if self.depth == 0:
                 _holds.remove(self)
@@ -103,8 +104,6 @@ class EvalHold:
 
     def _newcomers(self) -> list[nn.Module]:
         """Take in the modules that were made during the hold, in training mode as modules are; return those."""
-        if self._children_now() == self._children and not any(self._leaves):
-            return []
         known = set(self._modules)
         self._survey()
         made = [
@@ -152,6 +151,10 @@ class EvalHold:
                 if type(own) is OrderedDict and not own:  # else there are handles that know it
                     vars(module)["_forward_pre_hooks"] = _Hooks()
                 self._hooks[module] = module.register_forward_pre_hook(_KeepEval(self))
+
+    def _has_grown(self) -> bool:
+        """Tell whether the tree of modules has changed since the last survey."""
+        return any(self._leaves) or self._children_now() != self._children
 
     def _children_now(self) -> tuple[nn.Module | None, ...]:
         return tuple(chain.from_iterable(map(dict.values, self._containers)))
