@@ -9,7 +9,8 @@ Every one of them names what was wrong (the module, the field, the value seen) a
     │   └── PickleRefusedError     loading it would run pickled code
     ├── FusionError                a model cannot be fused, or its fused copy does not answer as it does
     ├── ReferenceProfileError      a reference profile could not be made or read
-    │   └── ReferenceMismatchError it belongs to another model
+    │   ├── ReferenceMismatchError it belongs to another model
+    │   └── DetectorStateError     what a detector remembered does not fit its profile, or is damaged
     ├── ModelOutputError           what the model returned cannot be served
     ├── InputError                 an inference request's tensors do not fit the model (also a ValueError)
     └── GuardError                 a safeguard stopped an inference
@@ -69,6 +70,10 @@ class ReferenceProfileError(GuardserveError):
 
 class ReferenceMismatchError(ReferenceProfileError):
     """A reference profile belongs to another model, or to the same one before its statistics changed."""
+
+
+class DetectorStateError(ReferenceProfileError):
+    """What a detector remembered belongs to another reference profile, or is damaged."""
 
 
 class ModelOutputError(GuardserveError):

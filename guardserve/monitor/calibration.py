@@ -1,15 +1,16 @@
-"""Average run lengths by simulation: streams drawn from a pool of reference vectors."""
+"""Average run lengths by simulation: streams drawn from pools of reference vectors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from guardserve.monitor.chart import Chart
+from guardserve.monitor.chart import LAMBDAS, SHARES, Chart, Levels
+from guardserve.monitor.encoding import lengths, shorten
 from guardserve.monitor.features import Array
 
 ARLS = np.geomspace(100, 100_000, 31)
@@ -19,28 +20,28 @@ STREAMS = 512
 HORIZONS = (125, 250, 500, 1000, 2000)
 """Samples after which the largest evidence so far is looked at."""
 
+BLOCK_SIZE = 200_000
+"""Numbers that the charts of the streams simulated side by side remember: they stay in the processor's cache."""
+
 PILOT_STREAMS = 128
 PILOT_STEPS = 600
 
-HALVES = 16
-"""Random halves of the held-out samples whose measurements are compared."""
+RUN = 5
+"""Samples of a sequence that stay together in simulations, in units of the time over which they are alike."""
 
+AUTOCORRELATED = 0.05
+"""Autocorrelation below which samples of a sequence count as independent."""
 
-@dataclass(frozen=True, eq=False)
-class Levels:
-    """What makes the statistics of all charts and layers comparable.
+TAIL = 0.05
+"""Share of the samples, the oddest, from which the tail of the chart without memory is extrapolated."""
 
-    Attributes:
-        median: In-control median of each, shape ``(charts, layers)``.
-        high: In-control .999 quantile of each.
-    """
+UNKNOWN = 4
+"""How many times longer than seen the tail is taken to be, beyond run lengths of as many samples as there are."""
 
-    median: Array
-    high: Array
+PARTS = 16
+"""Random parts of the held-out samples whose measurements are compared."""
 
-    def evidence(self, statistic: Array) -> Array:
-        """Return statistics of shape ``(*, charts, layers)`` on a scale where ``median`` is 0 and ``high`` is 1."""
-        return (statistic - self.median) / (self.high - self.median)
+Thresholds = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -52,50 +53,121 @@ class RunLength:
     high: float
 
 
-def simulate(
-    pools: Sequence[Array],
-    dimensions: Sequence[int],
-    streams: int,
-    steps: int,
-    *,
-    rng: np.random.Generator,
-    see: Callable[[slice, int, Array], None],
-) -> None:
-    """Run charts over streams that take the vectors of one pool, shape ``(N, layers, width)``, in random order.
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Vectors that streams are drawn from.
 
-    A stream takes no vector twice before it has taken them all, so what a chart remembers are different samples,
-    as in production: if the pool's samples took no part in the whitening, the stream is distributed as one in
-    production is. Drawing with replacement would take the chance mean and covariance of a small pool for those
-    of its population, and so make alarms look more frequent than they are.
-
-    The streams are shared out among the pools. ``see`` gets a block of streams, the step from 1, and the
-    statistics of shape ``(block, charts, layers)``.
+    Attributes:
+        vectors: Shape ``(N, layers, width)``, cut to the radius.
+        oddness: How odd each sample is by itself, shape ``(N,)``.
+        run: Samples that are drawn together because each depends on the ones before it; 1 if they are independent.
+        fitted: Number of samples that the whitening was fitted to, if each of these was whitened by what most of the
+            others gave; None if it was fitted to samples that are not among these.
     """
-    block = math.ceil(streams / len(pools))
-    for start, pool in zip(range(0, streams, block), pools, strict=True):
-        count = min(block, streams - start)
-        chart = Chart(count, dimensions, pool.shape[2])
-        for step in range(steps):
-            if step % len(pool) == 0:
-                order = rng.permuted(np.tile(np.arange(len(pool)), (count, 1)), axis=1)
-            see(slice(start, start + count), step + 1, chart.step(pool[order[:, step % len(pool)]]))
+
+    vectors: Array
+    oddness: Array
+    run: int = 1
+    fitted: int | None = None
+
+    @classmethod
+    def of(cls, whitened: Array, levels: Levels, *, run: int = 1, fitted: int | None = None) -> Pool:
+        """Make one of whitened vectors in the order in which they came."""
+        length = lengths(whitened)
+        run = max(1, min(run, len(whitened) // 4))
+        return cls(shorten(whitened, levels.radius, length), levels.oddness(length).max(1), run, fitted)
+
+    def orders(self, streams: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.intp]]:
+        """Yield, step by step for ever, which vector each stream takes.
+
+        Runs of samples stay together (a circular block bootstrap, Politis and Romano 1992). They are drawn with
+        replacement if :meth:`offsets` tells how far production may be from the pool. Else a stream takes no vector
+        twice before it has taken them all: what a chart remembers are different samples then, as in production, and
+        the chance mean of a small pool is not taken for a shift.
+        """
+        size = len(self.vectors)
+        starts = np.arange(0, size, self.run)
+        while True:
+            if self.fitted is not None:
+                drawn = rng.integers(0, size, (streams, len(starts)))
+            else:
+                drawn = rng.permuted(np.tile(starts, (streams, 1)), axis=1) + rng.integers(0, size, (streams, 1))
+            rows = (drawn[:, :, None] + np.arange(self.run)).reshape(streams, -1) % size
+            yield from np.ascontiguousarray(rows[:, :size].T)
+
+    def offsets(self, streams: int, rng: np.random.Generator) -> Array:
+        """Return by how much the mean of production may differ from that of the whitening, for each stream.
+
+        Vectors that were whitened by each other have no such difference left on average, and streams from them would
+        alarm less often than those of fresh samples. It is put back by the bootstrap: how far the mean of as many
+        vectors, drawn with replacement, is from the mean of all.
+        """
+        size, shape = len(self.vectors), self.vectors.shape[1:]
+        if self.fitted is None:
+            return np.zeros((1, *shape), np.float32)
+        runs = math.ceil(self.fitted / self.run)
+        weights = np.zeros((streams, size), np.float32)
+        for row, starts in enumerate(rng.integers(0, size, (streams, runs))):
+            drawn = (starts[:, None] + np.arange(self.run)) % size
+            weights[row] = np.bincount(drawn.ravel(), minlength=size) / drawn.size
+        weights -= 1 / np.float32(size)
+        offsets: Array = (weights @ self.vectors.reshape(size, -1)).reshape(streams, *shape)
+        return offsets
 
 
-def find_levels(pools: Sequence[Array], dimensions: Sequence[int], rng: np.random.Generator) -> Levels:
-    """Find the in-control levels of every statistic."""
-    seen: list[Array] = []
+def dependent_run(vectors: Array) -> int:
+    """Return how many samples of a sequence of whitened vectors must stay together in simulations.
 
-    def see(_: slice, step: int, statistic: Array) -> None:
-        if step > PILOT_STEPS // 6 and step % 4 == 0:
-            seen.append(statistic)
+    That is :data:`RUN` times the time over which the vectors of a layer are alike, ``1 + 2 sum rho_k`` over their
+    autocorrelations up to the first that is lost in noise, for the layer with the longest. Longer runs would show the
+    charts too few different stretches.
+    """
+    square = np.einsum("nld,nld->l", vectors, vectors) / len(vectors)
+    times = np.ones(len(square))
+    alive = np.ones(len(square), bool)
+    for lag in range(1, len(vectors) // 10):
+        products = np.einsum("nld,nld->l", vectors[lag:], vectors[:-lag]) / (len(vectors) - lag)
+        rho = products / np.maximum(square, np.finfo(np.float32).tiny)
+        alive &= rho > AUTOCORRELATED
+        if not alive.any():
+            break
+        times[alive] += 2 * rho[alive]
+    return math.ceil(RUN * float(times.max()))
 
-    simulate(pools, dimensions, PILOT_STREAMS, PILOT_STEPS, rng=rng, see=see)
+
+def simulate(
+    pool: Pool, dimensions: Sequence[int], streams: int, steps: int, rng: np.random.Generator
+) -> Iterator[tuple[Array, Array]]:
+    """Run charts over streams from a pool, one step at a time.
+
+    Yields:
+        The statistics of the EWMA charts, shape ``(streams, charts, layers)``, and how odd the samples are by
+        themselves, shape ``(streams,)``.
+    """
+    chart = Chart(streams, dimensions, pool.vectors.shape[2])
+    offsets = pool.offsets(streams, rng)
+    vectors = np.empty((streams, *pool.vectors.shape[1:]), np.float32)
+    for _, order in zip(range(steps), pool.orders(streams, rng), strict=False):
+        np.take(pool.vectors, order, axis=0, out=vectors, mode="clip")
+        vectors += offsets
+        yield chart.step(vectors), pool.oddness[order]
+
+
+def find_levels(whitened: Array, dimensions: Sequence[int], rng: np.random.Generator, run: int = 1) -> Levels:
+    """Find the in-control levels of every statistic, given vectors that were whitened by each other."""
+    levels = Levels.of_lengths(whitened)
+    pool = Pool.of(whitened, levels, run=run, fitted=len(whitened))
+    seen = [
+        statistic
+        for step, (statistic, _) in enumerate(simulate(pool, dimensions, PILOT_STREAMS, PILOT_STEPS, rng))
+        if step >= PILOT_STEPS // 6 and step % 4 == 0
+    ]
     median, high = np.quantile(np.concatenate(seen), [0.5, 0.999], axis=0)
-    return Levels(median.astype(np.float32), np.maximum(high, median + 0.1).astype(np.float32))
+    return levels.with_charts(median, high)
 
 
 def largest_evidence(
-    pools: Sequence[Array],
+    pool: Pool,
     dimensions: Sequence[int],
     levels: Levels,
     *,
@@ -103,53 +175,76 @@ def largest_evidence(
     horizons: Sequence[int],
     rng: np.random.Generator,
 ) -> npt.NDArray[np.float64]:
-    """Return the largest evidence of each stream up to each horizon, shape ``(horizons, streams)``."""
-    largest = np.full(streams, -np.inf)
-    found = np.zeros((len(horizons), streams))
+    """Return the largest evidence that each chart has shown in each stream up to each horizon.
 
-    def see(block: slice, step: int, statistic: Array) -> None:
-        evidence = levels.evidence(statistic).max((1, 2))
-        largest[block] = np.maximum(largest[block], evidence)
-        if step in horizons:
-            found[list(horizons).index(step), block] = largest[block]
-
-    simulate(pools, dimensions, streams, max(horizons), rng=rng, see=see)
-    return found
+    Returns:
+        Shape ``(horizons, charts, streams)``, the chart without memory being the last one.
+    """
+    found: list[npt.NDArray[np.float64]] = []
+    block = max(8, BLOCK_SIZE // (len(LAMBDAS) * pool.vectors[0].size))
+    for first in range(0, streams, block):
+        count = min(block, streams - first)
+        largest = np.full((len(SHARES), count), -np.inf)
+        rows = []
+        for step, (statistic, oddness) in enumerate(simulate(pool, dimensions, count, max(horizons), rng)):
+            np.maximum(largest[:-1], levels.evidence(statistic).max(2).T, out=largest[:-1])
+            np.maximum(largest[-1], oddness, out=largest[-1])
+            if step + 1 in horizons:
+                rows.append(largest.copy())
+        found.append(np.stack(rows))
+    return np.concatenate(found, axis=2)
 
 
 def prudence(samples: int) -> float:
-    """Return how many times longer than asked for run lengths are aimed at: 1.3 for 700 samples, 1.1 for 2,000.
+    """Return how many times longer than asked for run lengths are aimed at.
 
-    Without it, true run lengths were measured between 0.6 and 2.4 times the target from 750 samples, and between
-    0.2 and 4 times from 200, over profiles of the digits model made from fresh samples.
+    What a reference says of its population is uncertain, the more so the smaller it is.
     """
-    return 1.1 + (300 / samples) ** 2
+    return 1.35 + (300 / samples) ** 2
 
 
-def find_thresholds(
-    pools: Sequence[Array], dimensions: Sequence[int], levels: Levels, rng: np.random.Generator
-) -> npt.NDArray[np.float64]:
-    """Find the evidence that is exceeded once in each of :data:`ARLS` samples on average.
+def find_thresholds(pool: Pool, dimensions: Sequence[int], levels: Levels, rng: np.random.Generator) -> Thresholds:
+    """Find the evidence of each chart that gives an alarm, for each of :data:`ARLS`: shape ``(charts, arls)``.
 
-    Run lengths of a forgetting chart are close to exponential: ``P(no alarm by L) = exp(-L / ARL)``. What the
-    vectors say of their population is uncertain, the more so the fewer they are: to err towards fewer alarms,
-    thresholds are set for longer run lengths than they are named after, by the factor :func:`prudence`.
+    Run lengths of a forgetting chart are close to exponential: ``P(no alarm by L) = exp(-L / ARL)``. Each chart gets
+    its part of the alarms (:data:`SHARES`). Thresholds are set for longer run lengths than they are named after, by
+    the factor :func:`prudence`.
     """
-    factor = prudence(sum(len(pool) for pool in pools))
-    largest = largest_evidence(pools, dimensions, levels, streams=STREAMS, horizons=HORIZONS, rng=rng)
-    thresholds = []
-    for arl in ARLS:
-        row = max([i for i, horizon in enumerate(HORIZONS) if horizon <= 2 * arl])
-        thresholds.append(np.quantile(largest[row], math.exp(-HORIZONS[row] / (arl * factor))))
-    return np.maximum.accumulate(np.array(thresholds))
+    aims = ARLS * prudence(len(pool.vectors))
+    largest = largest_evidence(pool, dimensions, levels, streams=STREAMS, horizons=HORIZONS, rng=rng)
+    thresholds = np.empty((len(SHARES), len(ARLS)))
+    for column, aim in enumerate(aims):
+        row = max([i for i, horizon in enumerate(HORIZONS) if horizon <= 2 * aim])
+        for chart in range(len(LAMBDAS)):
+            thresholds[chart, column] = np.quantile(largest[row, chart], math.exp(-HORIZONS[row] * SHARES[chart] / aim))
+    thresholds[-1] = tail_thresholds(pool.oddness, aims)
+    return np.maximum.accumulate(np.maximum(thresholds, 0.05), axis=1)
+
+
+def tail_thresholds(oddness: Array, aims: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Find how odd a single sample must be to raise an alarm by itself, for each run length that is aimed at.
+
+    What is beyond the oddest :data:`TAIL` is taken as exponential, which for logarithms is Hill's estimator (1975),
+    with its mean one standard error longer than it is seen. It must be odder than all of the reference, too, and the
+    odder the fewer samples there are for the run length: of data that hold one freak in some thousands, a small
+    reference knows nothing.
+    """
+    ordered = np.sort(oddness.astype(np.float64))
+    size, count = len(ordered), max(10, round(TAIL * len(ordered)))
+    start = ordered[-count - 1]
+    mean = float((ordered[-count:] - start).mean()) * (1 + 1 / math.sqrt(count))
+    extrapolated = start + mean * np.log(np.maximum(1.0, count / size * aims / SHARES[-1]))
+    unknown = UNKNOWN * mean * np.log(np.maximum(1.0, aims / size))
+    beyond: npt.NDArray[np.float64] = np.maximum(extrapolated, ordered[-1]) + unknown
+    return beyond
 
 
 def measure(
-    held_out: Array,
+    held_out: Pool,
     dimensions: Sequence[int],
     levels: Levels,
     *,
-    threshold: float,
+    thresholds: npt.NDArray[np.float64],
     target_arl: float,
     rng: np.random.Generator,
 ) -> RunLength:
@@ -158,20 +253,29 @@ def measure(
     Its interval covers both the simulation and the chance that picked these samples: the spread between streams
     that draw from random halves of the samples is what one would find between fresh sets of samples.
     """
-    horizon = max([HORIZONS[0], *(horizon for horizon in HORIZONS if horizon <= 2 * target_arl)])
+    horizons = [horizon for horizon in HORIZONS if horizon <= 2 * target_arl]
+    streams, size = STREAMS // PARTS, len(held_out.vectors)
 
-    def alarms(pool: Array) -> int:
-        largest = largest_evidence([pool], dimensions, levels, streams=streams, horizons=[horizon], rng=rng)
-        return int((largest[0] >= threshold).sum())
+    def alarms() -> npt.NDArray[np.int64]:
+        if held_out.run > 1:
+            rows = (rng.integers(size) + np.arange(size // 2)) % size
+        else:
+            rows = rng.permutation(size)[: size // 2]
+        part = Pool(held_out.vectors[rows], held_out.oddness[rows], held_out.run)
+        largest = largest_evidence(part, dimensions, levels, streams=streams, horizons=horizons, rng=rng)
+        alarmed: npt.NDArray[np.int64] = (largest >= thresholds[:, None]).any(1).sum(1)
+        return alarmed
 
-    streams = STREAMS // HALVES
-    halves = [alarms(held_out[rng.permutation(len(held_out))[: len(held_out) // 2]]) for _ in range(HALVES)]
-    logs = np.log([_mean_run_length(count, streams, horizon) for count in halves])
-    error = 1.96 * math.sqrt(max(float(logs.var(ddof=1)), 1 / (sum(halves) + 0.5)))
-    mean = _mean_run_length(sum(halves), streams * HALVES, horizon)
+    counts = np.stack([alarms() for _ in range(PARTS)])
+    some_left = np.flatnonzero(counts.sum(0) <= 0.8 * streams * PARTS)
+    row = int(some_left[-1]) if len(some_left) else 0
+    total, horizon = int(counts[:, row].sum()), horizons[row]
+    logs = np.log([mean_run_length(int(count), streams, horizon) for count in counts[:, row]])
+    error = 1.96 * math.sqrt(max(float(logs.var(ddof=1)), 1 / (total + 0.5)))
+    mean = mean_run_length(total, streams * PARTS, horizon)
     return RunLength(mean, mean * math.exp(-error), mean * math.exp(error))
 
 
-def _mean_run_length(alarms: int, streams: int, horizon: int) -> float:
+def mean_run_length(alarms: int, streams: int, horizon: int) -> float:
     """Estimate the mean of exponential run lengths from how many of the streams ended by the horizon."""
     return -horizon / math.log1p(-(alarms + 0.5) / (streams + 1))

@@ -1,23 +1,29 @@
-"""Multivariate EWMA charts over whitened vectors: they forget, so they have no drift of their own."""
+"""Control charts over whitened vectors: they forget, so they have no drift of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from guardserve.monitor.encoding import lengths
 from guardserve.monitor.features import Array
 
 LAMBDAS = (0.05, 0.2)
-"""Weight of the newest sample in each chart: the small one sees weak shifts, the large one strong ones at once."""
+"""Weight of the newest sample in each EWMA chart: the small one sees weak shifts, the large one strong ones soon."""
+
+SHARES = (0.75, 0.15, 0.1)
+"""Share of the false alarms that each EWMA chart may raise, and the last chart, which looks at one sample alone."""
 
 
 class Chart:
-    """The charts of every layer, for any number of streams side by side.
+    """The EWMA charts of every layer, for any number of streams side by side.
 
     Lowry, Woodall, Champ and Rigdon (1992), "A multivariate exponentially weighted moving average control
     chart": ``w <- w + lam (f - w)`` and the statistic ``T = (|w|^2 (2 - lam) / lam - d) / sqrt(2 d)``, which is
-    about 0 on average, and 1 wide, while the vectors ``f`` have mean 0 and covariance 1.
+    about 0 on average, and 1 wide, while the vectors ``f`` have mean 0 and covariance 1. What is kept is
+    ``w / lam``, for which ``f`` need not be scaled.
 
     Args:
         streams: Number of streams.
@@ -27,7 +33,7 @@ class Chart:
 
     def __init__(self, streams: int, dimensions: Sequence[int], width: int) -> None:
         self.state: Array = np.zeros((streams, len(LAMBDAS), len(dimensions), width), np.float32)
-        self._factor = np.array([(2 - lam) / lam for lam in LAMBDAS], np.float32)[:, None]
+        self._factor = np.array([(2 - lam) * lam for lam in LAMBDAS], np.float32)[:, None]
         self._dimensions = np.array(dimensions, np.float32)
         self._width = np.sqrt(2 * self._dimensions)
 
@@ -40,9 +46,90 @@ class Chart:
         for chart, lam in enumerate(LAMBDAS):
             state = self.state[:, chart]
             state *= np.float32(1 - lam)
-            state += np.float32(lam) * vectors
-        statistic: Array = np.einsum("scld,scld->scl", self.state, self.state)
+            state += vectors
+        return self._statistic(self.state)
+
+    def run(self, vectors: Array, counts: Sequence[int] | None = None) -> Array:
+        """Take vectors of one stream in order, shape ``(n, layers, width)``.
+
+        Args:
+            vectors: One a sample, or, where ``counts`` says so, the mean of several samples.
+            counts: How many samples each vector stands for.
+
+        Returns:
+            ``T`` after each, shape ``(n, charts, layers)``. The mean of several samples moves ``w`` as far as they
+            would, were they alike; ``T`` then varies less than after single samples, never more.
+        """
+        states = np.empty((len(vectors), *self.state.shape[1:]), np.float32)
+        state = self.state[0]
+        for row, vector in enumerate(vectors):
+            for chart, lam in enumerate(LAMBDAS):
+                kept = (1 - lam) ** (1 if counts is None else counts[row])
+                new = np.multiply(state[chart], np.float32(kept), out=states[row, chart])
+                new += vector if counts is None else np.float32((1 - kept) / lam) * vector
+            state = states[row]
+        if len(vectors):
+            self.state[0] = state
+        return self._statistic(states)
+
+    def _statistic(self, states: Array) -> Array:
+        statistic: Array = np.einsum("scld,scld->scl", states, states)
         statistic *= self._factor
         statistic -= self._dimensions
         statistic /= self._width
         return statistic
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """What makes the statistics of all charts and layers comparable.
+
+    The charts are those of :data:`LAMBDAS`, and one without memory, whose statistic is the logarithm of a
+    vector's length.
+
+    Attributes:
+        median: In-control median of each, shape ``(charts, layers)``.
+        high: In-control .999 quantile of each.
+    """
+
+    median: Array
+    high: Array
+
+    @property
+    def radius(self) -> Array:
+        """Length that a layer's vector is cut to before it enters the charts with a memory: .999 of all are shorter."""
+        radius: Array = np.exp(self.high[-1])
+        return radius
+
+    def evidence(self, statistic: Array) -> Array:
+        """Return the EWMA charts' statistics ``(*, charts, layers)`` scaled so that ``median`` is 0, ``high`` 1."""
+        count = statistic.shape[-2]
+        return (statistic - self.median[:count]) / (self.high[:count] - self.median[:count])
+
+    def oddness(self, length: Array) -> Array:
+        """Return the lengths of vectors, shape ``(*, layers)``, on the scale of :meth:`evidence`."""
+        oddness: Array = (np.log(length) - self.median[-1]) / (self.high[-1] - self.median[-1])
+        return oddness
+
+    @classmethod
+    def of_lengths(cls, vectors: Array) -> Levels:
+        """Take those of the chart without memory from clean vectors; the others' are 0 and 1.
+
+        Whitened vectors are about as long as the root of their dimensions. A layer that is constant but for rounding
+        has shorter ones; the level of 1 keeps it silent.
+        """
+        median, high = np.log(np.quantile(lengths(vectors), [0.5, 0.999], axis=0))
+        high = np.maximum(np.maximum(high, 0.0), median + 0.01)
+        others = np.zeros((len(LAMBDAS), len(median)))
+        return cls(
+            np.concatenate([others, median[None]]).astype(np.float32),
+            np.concatenate([others + 1, high[None]]).astype(np.float32),
+        )
+
+    def with_charts(self, median: Array, high: Array) -> Levels:
+        """Return these with levels of the EWMA charts, each of shape ``(charts, layers)``."""
+        high = np.maximum(high, median + 0.1)
+        return Levels(
+            np.concatenate([median, self.median[-1:]]).astype(np.float32),
+            np.concatenate([high, self.high[-1:]]).astype(np.float32),
+        )

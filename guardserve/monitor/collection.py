@@ -1,9 +1,9 @@
-"""Running a model over reference data and keeping what a profile is made from."""
+"""Collecting what a profile is made from: features of clean samples, shortened as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from guardserve.exceptions import ReferenceProfileError
 from guardserve.modes import EvalHold
 from guardserve.monitor.encoding import Sketch
 from guardserve.monitor.features import Array, FeatureReader, execution_order
+from guardserve.monitor.reading import VALUES
 from guardserve.monitor.taps import Record, Taps
 
 STANDARDISED_BY = 512
@@ -33,8 +34,10 @@ class ReferenceData:
         points: The layers, in execution order.
         sketch: How features were shortened.
         fitting: Sketches of the samples to fit with, shape ``(N, layers, width)``.
-        held_out: Those of the samples to measure with.
+        held_out: Those of the samples to measure with: random ones, or the last of a sequence.
         nonfinite_samples: Samples that were left out for NaN or infinity.
+        ordered: Whether the samples are a sequence, each depending on those before it.
+        values: Values that were read of each sample at each layer, about; None is all.
     """
 
     points: list[ObservationPoint]
@@ -42,95 +45,153 @@ class ReferenceData:
     fitting: Array
     held_out: Array
     nonfinite_samples: int
+    ordered: bool = False
+    values: int | None = None
 
     @property
     def samples(self) -> int:
         """Number of samples in both parts."""
         return len(self.fitting) + len(self.held_out)
 
+    def narrowed(self, width: int) -> ReferenceData:
+        """Return the same data sketched to fewer dimensions, a part of those that they have."""
+        if width == self.sketch.width:
+            return self
+        narrow = replace(self.sketch, width=width)
+        parts = [self.sketch.fold(part, narrow) for part in (self.fitting, self.held_out)]
+        return replace(self, sketch=narrow, fitting=parts[0], held_out=parts[1])
+
+
+class Collector:
+    """Takes records of forwards, one after the other, and keeps sketches of their samples.
+
+    The first complete record settles which layers there are, and how much is read of them.
+
+    Args:
+        width: Dimensions that each layer is sketched to.
+        rng: Chooses the samples that are held out, and the sketch's signs.
+        ordered: Whether the samples are a sequence.
+        limit: Samples after which no more are taken; None for any number.
+    """
+
+    def __init__(
+        self, width: int, rng: np.random.Generator, *, ordered: bool = False, limit: int | None = None
+    ) -> None:
+        self.samples = self.nonfinite = 0
+        self.points: list[ObservationPoint] = []
+        self._width, self._rng, self._ordered, self._limit = width, rng, ordered, limit
+        self._reader: FeatureReader | None = None
+        self._values: int | None = None
+        self._sketch: Sketch | None = None
+        self._waiting: list[Array] = []
+        self._sketches: list[Array] = []
+        self._held_out: list[npt.NDArray[np.bool_]] = []
+
+    def take(self, points: Sequence[ObservationPoint], record: Record) -> bool:
+        """Take the samples of one forward; tell whether it passed each layer once a sample, as the first did."""
+        if self._reader is None:
+            order = _alike(record)
+            if not order:
+                return False
+            self.points = [points[index] for index in order]
+            self._reader = FeatureReader(self.points, order)
+            self._values = record.values
+        if record.values != self._values or not self._reader.complete(record):
+            return False
+        features = self._reader.read([record])
+        finite = np.isfinite(features).all(1)
+        room = len(features) if self._limit is None else self._limit - self.samples
+        kept = features[finite][:room]
+        self.nonfinite += len(features) - int(finite.sum())
+        self.samples += len(kept)
+        self._waiting.append(kept)
+        self._held_out.append(self._rng.random(len(kept)) < HELD_OUT)
+        if self._sketch is not None or self.samples >= STANDARDISED_BY:
+            self._shorten(self._reader.channels)
+        return True
+
+    def finish(self) -> ReferenceData:
+        """Return what was collected.
+
+        Raises:
+            ReferenceProfileError: If there is no finite sample.
+        """
+        if self._reader is None or self.samples == 0:
+            raise ReferenceProfileError(
+                f"the reference has no finite sample ({self.nonfinite} have NaN or infinity in a layer)"
+            )
+        self._shorten(self._reader.channels)
+        if self._sketch is None:
+            raise ReferenceProfileError(
+                f"the reference has {self.samples} finite samples: give at least 100, better 1000 or more"
+            )
+        sketches, chosen = np.concatenate(self._sketches), np.concatenate(self._held_out)
+        if self._ordered:
+            chosen = np.arange(len(sketches)) >= (1 - HELD_OUT) * len(sketches)
+        return ReferenceData(
+            self.points,
+            self._sketch,
+            sketches[~chosen],
+            sketches[chosen],
+            self.nonfinite,
+            self._ordered,
+            self._values,
+        )
+
+    def _shorten(self, channels: tuple[int, ...]) -> None:
+        if self._sketch is None:
+            features, chosen = np.concatenate(self._waiting), np.concatenate(self._held_out)
+            if self._ordered:  # the last quarter of all samples is none of the first three quarters of these
+                chosen = np.arange(len(features)) >= (1 - HELD_OUT) * len(features)
+            if chosen.all():
+                return
+            self._sketch = Sketch.fit(features[~chosen], channels, self._width, self._rng)
+        self._sketches += [self._sketch.project(self._sketch.standardise(part)) for part in self._waiting]
+        self._waiting.clear()
+
 
 def collect(
-    model: nn.Module, loader: Iterable[Any], width: int, rng: np.random.Generator, progress: Callable[[int], object]
+    model: nn.Module,
+    loader: Iterable[Any],
+    collector: Collector,
+    progress: Callable[[int], object],
+    values: int | None = VALUES,
 ) -> ReferenceData:
-    """Run the model in eval mode over all data, once.
+    """Run the model in eval mode over all data, once, reading about so many values of each sample at each layer.
 
     Raises:
         ReferenceProfileError: If the model has no layer to observe, or there are no data.
     """
-    waiting: list[tuple[Array, npt.NDArray[np.bool_]]] = []
-    sketches: list[Array] = []
-    held_out: list[npt.NDArray[np.bool_]] = []
-    sketch: Sketch | None = None
-    samples = nonfinite = 0
-    points: list[ObservationPoint] = []
-    for reader_points, reader, features in _feature_batches(model, loader):
-        points = reader_points
-        finite = np.isfinite(features).all(1)
-        kept = features[finite]
-        waiting.append((kept, rng.random(len(kept)) < HELD_OUT))
-        held_out.append(waiting[-1][1])
-        samples += len(kept)
-        nonfinite += len(features) - len(kept)
-        progress(samples)
-        if sketch is not None or samples >= STANDARDISED_BY:
-            sketch = sketch or _fit_sketch(waiting, reader.channels, width, rng)
-            sketches += [sketch.project(sketch.standardise(part)) for part, _ in waiting]
-            waiting.clear()
-    if samples == 0:
-        raise ReferenceProfileError(f"the reference has no finite sample ({nonfinite} have NaN or infinity in a layer)")
-    if sketch is None:
-        sketch = _fit_sketch(waiting, reader.channels, width, rng)
-    sketches += [sketch.project(sketch.standardise(part)) for part, _ in waiting]
-    everything, chosen = np.concatenate(sketches), np.concatenate(held_out)
-    return ReferenceData(points, sketch, everything[~chosen], everything[chosen], nonfinite)
-
-
-def _fit_sketch(
-    waiting: list[tuple[Array, npt.NDArray[np.bool_]]],
-    channels: tuple[int, ...],
-    width: int,
-    rng: np.random.Generator,
-) -> Sketch:
-    fitting = np.concatenate([features[~chosen] for features, chosen in waiting])
-    if not len(fitting):
-        raise ReferenceProfileError("the reference has too few finite samples: give at least 100, better 1000 or more")
-    return Sketch.fit(fitting, channels, width, rng)
-
-
-def _feature_batches(
-    model: nn.Module, loader: Iterable[Any]
-) -> Iterator[tuple[list[ObservationPoint], FeatureReader, Array]]:
-    """Yield the features of each batch, with the layers and the reader that the first batch settled."""
     records: list[Record] = []
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     hold = EvalHold(model)
     hold.acquire()
-    taps = Taps(model, records.append)
+    taps = Taps(model, records.append, values)
     try:
         if not taps.points:
             raise ReferenceProfileError("the model has no BatchNorm layer with running statistics to observe")
-        reader: FeatureReader | None = None
         for batch in loader:
             records.clear()
             _forward(model, batch, device)
             if len(records) != 1:
                 raise ReferenceProfileError("a forward passed no BatchNorm layer: there is nothing to observe")
-            if reader is None:
-                order = _alike(records[0])
-                if not order:
-                    raise ReferenceProfileError("no BatchNorm layer has one row a sample: there is nothing to observe")
-                points = [taps.points[index] for index in order]
-                reader = FeatureReader(points, order)
-            if not reader.complete(records[0]):
-                raise ReferenceProfileError(
-                    f"a forward did not pass the same {len(points)} BatchNorm layers as the first, each with one row "
-                    "a sample: a profile needs a model whose layers always run"
-                )
-            yield points, reader, reader.read(records)
+            if not collector.take(taps.points, records[0]):
+                raise ReferenceProfileError(_incomplete(collector))
+            progress(collector.samples)
     finally:
         taps.close()
         hold.release()
         hold.close()
+    return collector.finish()
+
+
+def _incomplete(collector: Collector) -> str:
+    if not collector.points:
+        return "no BatchNorm layer has one row a sample: there is nothing to observe"
+    return (
+        f"a forward did not pass the same {len(collector.points)} BatchNorm layers as the first, each with one row "
+        "a sample: a profile needs a model whose layers always run"
+    )
 
 
 @torch.inference_mode()

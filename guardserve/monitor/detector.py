@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
+from guardserve.exceptions import DetectorStateError, ReferenceMismatchError
 from guardserve.monitor.calibration import ARLS
-from guardserve.monitor.chart import LAMBDAS, Chart
+from guardserve.monitor.chart import LAMBDAS, SHARES, Chart
 from guardserve.monitor.diagnosis import (
     LOOK_BACK,
     MovedChannel,
@@ -23,6 +24,8 @@ from guardserve.monitor.diagnosis import (
 )
 from guardserve.monitor.encoding import shorten
 from guardserve.monitor.features import Array
+from guardserve.monitor.merging import Summary
+from guardserve.monitor.profile_file import Arrays
 from guardserve.monitor.reference import ReferenceProfile
 
 State: TypeAlias = Literal["warming", "blind", "ok", "suspect", "shifted", "recovered"]
@@ -41,7 +44,7 @@ CALM_BEFORE_OK: Mapping[State, int] = {"warming": WARM, "suspect": CALM, "recove
 SUSPICION = 10
 """Suspicion starts where clean data go this many times as often as they alarm."""
 
-CHUNK = 8
+CHUNK = 32
 """Samples that are encoded at once: their features stay in the processor's cache."""
 
 SCORES = 10_000
@@ -58,8 +61,8 @@ class Detection:
             while.
         samples: Samples seen, those that could not be judged included.
         nonfinite_samples: Those of them that could not be judged, for NaN or infinity in a layer.
-        evidence: Largest evidence of a chart and layer after the last sample.
-        threshold: Evidence from which on there is an alarm.
+        evidence: Largest evidence of a chart and layer after the last sample, as a share of what raises an alarm.
+        threshold: Evidence from which on there is an alarm: 1.
         alarms: Number of alarms.
         alarm_at: The sample, counted from 1, at which the last alarm was raised; None before the first.
         layer: The earliest layer that left its null; None unless shifted.
@@ -82,54 +85,75 @@ class Detection:
 class Detector:
     """Charts one stream of samples. Not safe for several threads at once.
 
+    Attributes:
+        profile: The reference.
+
     Args:
         profile: The reference.
         target_arl: Samples between false alarms, on average.
     """
 
+    threshold = 1.0
+    """Evidence from which on there is an alarm."""
+
     def __init__(self, profile: ReferenceProfile, target_arl: float) -> None:
-        self._profile = profile
-        self.threshold = profile.threshold(target_arl)
-        self._suspicion = profile.threshold(max(float(ARLS[0]), target_arl / SUSPICION))
+        self.profile = profile
+        self._alarming = profile.threshold(target_arl)
+        self._suspicious = profile.threshold(max(float(ARLS[0]), target_arl / SUSPICION)) / self._alarming
+        self._rows = np.empty((LOOK_BACK + CHUNK, 2 * sum(profile.sketch.channels)), np.float32)
         self.reset()
 
     def reset(self) -> None:
         """Forget every sample."""
-        sketch = self._profile.sketch
+        sketch = self.profile.sketch
         self._chart = Chart(1, sketch.dimensions, sketch.width)
         self._scores: deque[float] = deque(maxlen=SCORES)
-        self._evidence = np.zeros((len(LAMBDAS), len(sketch.channels)), np.float32)
+        self._evidence = np.zeros((len(SHARES), len(sketch.channels)), np.float32)
+        self._relative = 0.0
         self._state: State = "warming"
         self._samples = self._nonfinite = self._alarms = self._calm = 0
         self._alarm_at: int | None = None
         self._ended_at: int | None = None
         self._average: ShiftAverage | None = None
         self._lead = 0
-        self._recent: deque[tuple[Array, Array]] = deque(maxlen=LOOK_BACK)
+        self._end = 0
+        """Rows that are filled with standardised features; the last of them are the most recent samples'."""
+        self._recent = np.zeros((0, len(sketch.channels), sketch.width), np.float32)
+        """Vectors of the most recent samples, at most ``LOOK_BACK``."""
 
     def judge(self, features: Array) -> None:
         """Take samples in order, shape ``(N, F)``; rows with NaN or infinity are counted and change nothing else."""
         for start in range(0, len(features), CHUNK):
             self._judge_chunk(features[start : start + CHUNK])
 
-    def _judge_chunk(self, features: Array) -> None:
-        finite = [bool(good) for good in np.isfinite(features.sum(1))]
-        if not all(finite):
-            finite = [bool(np.isfinite(row).all()) for row in features]
-        standardised, vectors = self._profile.encode(features if all(finite) else features[finite])
-        p_values = self._profile.p_values(vectors).tolist()
-        kept = shorten(vectors, self._profile.radius)
-        row = 0
-        for good in finite:
-            self._samples += 1
-            if not good:
-                self._nonfinite += 1
-                self._scores.append(math.nan)
-                continue
-            self._scores.append(p_values[row])
-            self._recent.append((standardised[row], kept[row]))
-            self._step()
-            row += 1
+    def judge_summary(self, summary: Summary) -> None:
+        """Take the samples of a summary, interval by interval, which come after all that were taken before.
+
+        An interval is judged at its end, by the means of its samples. Where each interval has one sample, decisions
+        are those of :meth:`judge`; where it has more, false alarms come less often, and there are no p-values.
+
+        Raises:
+            ReferenceMismatchError: If the summary was made with another profile.
+        """
+        if summary.digest != self.profile.digest:
+            raise ReferenceMismatchError("the summary was made with another reference profile than the detector's")
+        for start in range(0, len(summary.intervals), CHUNK):
+            rows = slice(start, start + CHUNK)
+            samples, nonfinite = summary.samples[rows], summary.nonfinite[rows]
+            counts = samples - nonfinite
+            positions = self._samples + np.cumsum(samples)
+            self._samples += int(samples.sum())
+            self._nonfinite += int(nonfinite.sum())
+            seen = counts > 0
+            each = 1 / counts[seen]
+            features = self._room(len(each))
+            features[:] = summary.features[rows][seen] * each[:, None]
+            vectors = (summary.vectors[rows][seen] * each[:, None, None]).astype(np.float32)
+            statistic = self._chart.run(vectors, counts[seen].tolist())
+            evidence = np.concatenate(
+                [self.profile.levels.evidence(statistic), summary.oddness[rows][seen][:, None]], axis=1
+            )
+            self._follow(features, vectors, evidence, positions[seen].tolist(), counts[seen].tolist())
 
     def drain(self) -> list[float]:
         """Return the p-values since the last call, oldest first: NaN for a sample that could not be judged."""
@@ -148,49 +172,149 @@ class Detector:
         if self._average is not None and self._alarm_at is not None:
             end = self._samples if self._ended_at is None else self._ended_at
             reading = describe(
-                self._average, self._profile, self._lead, end - self._alarm_at, over=self._ended_at is not None
+                self._average, self.profile, self._lead, end - self._alarm_at, over=self._ended_at is not None
             )
         return Detection(
             state=self._state,
             samples=self._samples,
             nonfinite_samples=self._nonfinite,
-            evidence=float(self._evidence.max()),
+            evidence=self._relative,
             threshold=self.threshold,
             alarms=self._alarms,
             alarm_at=self._alarm_at,
-            layer=self._profile.layers[self._lead] if shown else None,
-            channels=moved_channels(self._average, self._profile, self._lead) if self._average is not None else (),
+            layer=self.profile.layers[self._lead] if shown else None,
+            channels=moved_channels(self._average, self.profile, self._lead) if self._average is not None else (),
             reading=reading,
         )
 
-    def _step(self) -> None:
-        """Take the newest of the recent samples."""
-        features, vectors = self._recent[-1]
-        self._evidence = self._profile.levels.evidence(self._chart.step(vectors[None])[0])
-        evidence = float(self._evidence.max())
-        self._calm = 0 if evidence >= self._suspicion else self._calm + 1
-        if self._state == "shifted":
-            self._follow(features, vectors)
-        elif evidence >= self.threshold:
-            self._alarm()
-        elif evidence >= self._suspicion and self._state in ("warming", "ok"):
-            self._state = "suspect"
-        elif self._calm >= CALM_BEFORE_OK.get(self._state, math.inf):
-            self._state = "ok"
+    def _judge_chunk(self, features: Array) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            finite = np.isfinite(features.sum(1))
+        if not finite.all():
+            finite = np.isfinite(features).all(1)
+            features = features[finite]
+        standardised, vectors, length = self.profile.encode(features, self._room(len(features)))
+        levels = self.profile.levels
+        oddness = levels.oddness(length)
+        p_values = iter(self.profile.p_values(oddness.max(1)).tolist())
+        self._scores.extend(next(p_values) if good else math.nan for good in finite)
+        statistic = self._chart.run(shorten(vectors, levels.radius, length))
+        evidence = np.concatenate([levels.evidence(statistic), oddness[:, None]], axis=1)
+        positions = self._samples + 1 + np.flatnonzero(finite)
+        self._samples += len(finite)
+        self._nonfinite += len(finite) - len(features)
+        self._follow(standardised, vectors, evidence, positions.tolist(), [1] * len(positions))
 
-    def _alarm(self) -> None:
+    def _room(self, count: int) -> Array:
+        """Return rows for the features of the next samples, behind those of the most recent ones."""
+        if self._end + count > len(self._rows):
+            kept = min(self._end, LOOK_BACK)
+            self._rows[:kept] = self._rows[self._end - kept : self._end]
+            self._end = kept
+        self._end += count
+        return self._rows[self._end - count : self._end]
+
+    def _follow(
+        self, features: Array, vectors: Array, evidence: Array, positions: list[int], counts: list[int]
+    ) -> None:
+        """Move from state to state, row by row: what encodes it, where in the stream it ends, what samples it has."""
+        relative = evidence.max(2) / self._alarming
+        suspicious = (relative >= self._suspicious).any(1).tolist()
+        largest = relative.max(1).tolist()
+        shifted: list[int] = []
+        for row, position in enumerate(positions):
+            self._calm = 0 if suspicious[row] else self._calm + counts[row]
+            if self._state == "shifted":
+                if suspicious[row]:
+                    shifted.append(row)
+                elif self._calm >= CALM:
+                    self._state = "recovered"
+                    self._ended_at = position - self._calm
+            elif largest[row] >= self.threshold:
+                self._alarm(features, vectors, evidence[row], row, position)
+                shifted.clear()
+            elif suspicious[row] and self._state in ("warming", "ok"):
+                self._state = "suspect"
+            elif self._calm >= CALM_BEFORE_OK.get(self._state, math.inf):
+                self._state = "ok"
+        if shifted and self._average is not None:
+            self._average.update(features[shifted], vectors[shifted])
+            self._lead = lead_layer(evidence[shifted[-1]])
+        if positions:
+            self._evidence, self._relative = evidence[-1], largest[-1]
+            self._recent = np.concatenate([self._recent, vectors[-LOOK_BACK:]])[-LOOK_BACK:]
+
+    def _alarm(self, features: Array, vectors: Array, evidence: Array, row: int, position: int) -> None:
         self._state = "shifted"
         self._alarms += 1
-        self._alarm_at, self._ended_at = self._samples, None
-        features, vectors = zip(*self._recent, strict=True)
-        self._average = ShiftAverage(np.stack(features), np.stack(vectors))
-        self._lead = lead_layer(self._evidence)
+        self._alarm_at, self._ended_at = position, None
+        recent = np.concatenate([self._recent, vectors[: row + 1]])[-LOOK_BACK:]
+        end = self._end - len(features) + row + 1
+        self._average = ShiftAverage(self._rows[end - len(recent) : end], recent)
+        self._lead = lead_layer(evidence)
 
-    def _follow(self, features: Array, vectors: Array) -> None:
-        """Refine the diagnosis while the shift shows; end it after enough calm samples."""
-        if self._calm == 0 and self._average is not None:
-            self._average.update(features, vectors)
-            self._lead = lead_layer(self._evidence)
-        if self._calm >= CALM:
-            self._state = "recovered"
-            self._ended_at = self._samples - CALM
+    def state_dict(self) -> Arrays:
+        """Return all that the detector remembers, as arrays; p-values that nobody has drained are left behind."""
+        channels, (layers, width) = self._rows.shape[1], self._recent.shape[1:]
+        average = self._average
+        return {
+            "chart": self._chart.state[0].copy(),
+            "evidence": self._evidence.copy(),
+            "recent_features": self._rows[self._end - len(self._recent) : self._end].copy(),
+            "recent_vectors": self._recent.copy(),
+            "average_features": np.zeros(channels, np.float32) if average is None else average.features.copy(),
+            "average_vectors": np.zeros((layers, width), np.float32) if average is None else average.vectors.copy(),
+            "numbers": np.array(
+                [
+                    get_args(State).index(self._state),
+                    self._samples,
+                    self._nonfinite,
+                    self._alarms,
+                    self._calm,
+                    -1 if self._alarm_at is None else self._alarm_at,
+                    -1 if self._ended_at is None else self._ended_at,
+                    self._lead,
+                    0 if average is None else average.count,
+                ],
+                np.int64,
+            ),
+            "reals": np.array([self._relative, 0.0 if average is None else average.noise]),
+        }
+
+    def load_state_dict(self, state: Arrays) -> None:
+        """Go on from where another detector with the same profile was.
+
+        Raises:
+            DetectorStateError: If the arrays are not those of :meth:`state_dict`, or of another profile.
+        """
+        self._check(state)
+        self.reset()
+        numbers = [int(number) for number in state["numbers"]]
+        self._state = get_args(State)[numbers[0]]
+        self._samples, self._nonfinite, self._alarms, self._calm = numbers[1:5]
+        self._alarm_at, self._ended_at = (None if number < 0 else number for number in numbers[5:7])
+        self._lead = numbers[7]
+        self._relative = float(state["reals"][0])
+        self._chart.state[0] = state["chart"]
+        self._evidence = state["evidence"].copy()
+        self._recent = state["recent_vectors"].copy()
+        self._room(len(self._recent))[:] = state["recent_features"]
+        if numbers[8] > 0:
+            self._average = ShiftAverage(state["average_features"][None], state["average_vectors"][None])
+            self._average.count, self._average.noise = numbers[8], float(state["reals"][1])
+
+    def _check(self, state: Arrays) -> None:
+        expected = self.state_dict()
+        for name, own in expected.items():
+            array = state.get(name)
+            recent = name.startswith("recent")
+            if array is None or array.dtype != own.dtype or array.shape[recent:] != own.shape[recent:]:
+                seen = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
+                raise DetectorStateError(f"the detector's state does not fit the profile: its {name} is {seen}")
+            if not np.isfinite(array).all():
+                raise DetectorStateError(f"the detector's state is damaged: its {name} holds NaN or infinity")
+        numbers, rows = state["numbers"], len(state["recent_features"])
+        limits = [len(get_args(State)) - 1, *[2**62] * 6, len(self.profile.layers) - 1, 2**62]
+        fits = (numbers >= [*[0] * 5, -1, -1, 0, 0]).all() and (numbers <= limits).all()
+        if not fits or not rows == len(state["recent_vectors"]) <= LOOK_BACK:
+            raise DetectorStateError(f"the detector's state is damaged: its numbers are {numbers.tolist()}")

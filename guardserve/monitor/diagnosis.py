@@ -46,29 +46,36 @@ class ShiftAverage:
     """
 
     def __init__(self, features: Array, vectors: Array) -> None:
-        self._features, self._vectors = features.mean(0), vectors.mean(0)
-        self._count = len(features)
-        self.noise = 1 / self._count
+        self.features, self.vectors = features.mean(0), vectors.mean(0)
+        self.count = len(features)
+        self.noise = 1 / self.count
 
     def update(self, features: Array, vectors: Array) -> None:
-        """Take one more sample: features ``(F,)``, vectors ``(layers, width)``."""
-        self._count += 1
-        weight = max(1 / self._count, SLOWEST)
-        self._features += np.float32(weight) * (features - self._features)
-        self._vectors += np.float32(weight) * (vectors - self._vectors)
-        self.noise = (1 - weight) ** 2 * self.noise + weight**2
+        """Take more samples: features ``(n, F)``, vectors ``(n, layers, width)``."""
+        kept, weights = 1.0, np.zeros(len(features), np.float32)
+        for row in range(len(features)):
+            self.count += 1
+            weight = max(1 / self.count, SLOWEST)
+            kept *= 1 - weight
+            weights *= np.float32(1 - weight)
+            weights[row] = weight
+            self.noise = (1 - weight) ** 2 * self.noise + weight**2
+        self.features *= np.float32(kept)
+        self.features += weights @ features
+        self.vectors *= np.float32(kept)
+        self.vectors += np.einsum("n,nld->ld", weights, vectors)
 
     def depth(self, profile: ReferenceProfile) -> Array:
         """Return how far each layer moved, in standard deviations of a clean sample, without chance's part."""
         dimensions = np.array(profile.sketch.dimensions, np.float32)
-        square = np.square(self._vectors).sum(1) - dimensions * np.float32(self.noise)
+        square = np.square(self.vectors).sum(1) - dimensions * np.float32(self.noise)
         moved: Array = np.sqrt(np.maximum(0, square))
         return moved
 
     def layer_features(self, profile: ReferenceProfile, layer: int) -> tuple[Array, Array]:
         """Return how far the means and the spreads of a layer's channels moved, in clean standard deviations."""
         start, count = sum(profile.sketch.channels[:layer]), profile.sketch.channels[layer]
-        moved = self._features * np.sign(profile.sketch.scale)
+        moved = self.features * np.sign(profile.sketch.scale)
         means, spreads = np.split(moved, 2)
         return means[start : start + count], spreads[start : start + count]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from guardserve.monitor.features import Array
 
@@ -17,16 +16,26 @@ CLIP = 8.0
 SPREAD_FLOOR = 1e-3
 """Smallest standard deviation that a feature is divided by, in units of ``z``: below it there is only rounding."""
 
-EIGENVALUE_FLOOR = 1e-3
-"""Smallest variance of a whitened direction before whitening, relative to the mean over directions."""
+EIGENVALUE_FLOOR = 1e-4
+"""Smallest variance of a direction before whitening, relative to their mean or 1: below it there is only rounding."""
+
+SHRINKAGE = 0.5
+"""Share of Ledoit and Wolf's shrinkage that whitening uses.
+
+Theirs minimises the error of the covariance, to which directions of small variance hardly matter; to a shift they
+matter most, and there it flattens more than it steadies.
+"""
+
+ROWS = 256
+"""Rows that are whitened at once: a product of this size is not yet worth several threads to any BLAS."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
     """Shortens each layer's features to at most ``width`` sums of standardised features with random signs.
 
-    A count sketch (Charikar, Chen, Farach-Colton 2002): inner products survive in expectation. Its buckets are
-    runs of neighbouring channels, because their order means nothing: half of them sum means, half deviations.
+    A count sketch (Charikar, Chen, Farach-Colton 2002): inner products survive in expectation. A bucket takes every
+    k-th channel, because their order means nothing: half of the buckets sum means, half deviations.
 
     Attributes:
         channels: Channels of each layer.
@@ -52,36 +61,50 @@ class Sketch:
         """Number of sums of each layer."""
         return tuple(2 * min(self.width // 2, count) for count in self.channels)
 
-    def standardise(self, features: Array) -> Array:
-        """Return features in clipped reference standard deviations, each times its sign."""
-        z: Array = features - self.centre
+    def standardise(self, features: Array, out: Array | None = None) -> Array:
+        """Return features in clipped reference standard deviations, each times its sign; into ``out`` if given."""
+        z: Array = np.subtract(features, self.centre, out=out)
         z *= self._factor
-        np.minimum(z, np.float32(CLIP), out=z)
-        return np.maximum(z, np.float32(-CLIP), out=z)
+        return np.clip(z, np.float32(-CLIP), np.float32(CLIP), out=z)
 
     def project(self, standardised: Array) -> Array:
         """Sum standardised features to shape ``(N, layers, width)``; what a narrow layer does not fill is 0."""
-        starts, slots = self._buckets
-        out = np.zeros((len(standardised), len(self.channels) * self.width), np.float32)
-        out[:, slots] = np.add.reduceat(standardised, starts, axis=1)
-        return out.reshape(len(standardised), len(self.channels), self.width)
+        rows = len(standardised)
+        out = np.zeros((rows, len(self.channels) * self.width), np.float32)
+        for start, whole, stop, slot, buckets in self._runs:
+            sums = out[:, slot : slot + buckets]
+            np.add.reduce(standardised[:, start:whole].reshape(rows, -1, buckets), axis=1, out=sums)
+            if whole < stop:
+                sums[:, : stop - whole] += standardised[:, whole:stop]
+        return out.reshape(rows, len(self.channels), self.width)
+
+    def fold(self, projected: Array, narrow: Sketch) -> Array:
+        """Make of what :meth:`project` gave what ``narrow`` would give, whose width is a part of this one's."""
+        out = np.zeros((len(projected), len(self.channels), narrow.width), np.float32)
+        for layer, (old, new) in enumerate(zip(self.dimensions, narrow.dimensions, strict=True)):
+            for half in (0, 1):
+                for bucket in range(old // 2):
+                    sums = out[:, layer, half * (new // 2) + bucket % (new // 2)]
+                    sums += projected[:, layer, half * (old // 2) + bucket]
+        return out
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int, int, int, int]]:
+        """Of each layer's means and deviations: the start, where they no longer fill all buckets, and the end.
+
+        Then where their sums go, and the number of buckets.
+        """
+        runs, offset = [], 0
+        for half in (0, 1):
+            for layer, (channels, dimensions) in enumerate(zip(self.channels, self.dimensions, strict=True)):
+                buckets, stop = dimensions // 2, offset + channels
+                runs.append((offset, stop - channels % buckets, stop, layer * self.width + half * buckets, buckets))
+                offset = stop
+        return runs
 
     @cached_property
     def _factor(self) -> Array:
         return (1 / self.scale).astype(np.float32)
-
-    @cached_property
-    def _buckets(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-        """Where each bucket starts, and where its sum goes."""
-        starts, slots = [], []
-        offset = 0
-        for half in (0, 1):
-            for layer, (channels, dimensions) in enumerate(zip(self.channels, self.dimensions, strict=True)):
-                buckets = np.arange(dimensions // 2)
-                starts.append(offset + buckets * channels // len(buckets))
-                slots.append(layer * self.width + half * len(buckets) + buckets)
-                offset += channels
-        return np.concatenate(starts), np.concatenate(slots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,23 +126,27 @@ class Whitening:
         mean = sketches.mean(0, dtype=np.float64)
         matrix = np.zeros((layers, width, width))
         for layer, count in enumerate(dimensions):
-            covariance = ledoit_wolf(sketches[:, layer, :count] - mean[layer, :count])
+            covariance = ledoit_wolf(sketches[:, layer, :count] - mean[layer, :count], SHRINKAGE)
             values, vectors = np.linalg.eigh(covariance)
-            values = np.maximum(values, max(EIGENVALUE_FLOOR * values.mean(), np.finfo(np.float32).tiny))
+            values = np.maximum(values, EIGENVALUE_FLOOR * max(float(values.mean()), 1.0))
             matrix[layer, :count, :count] = vectors / np.sqrt(values) @ vectors.T
         return cls(mean.astype(np.float32), matrix.astype(np.float32))
 
     def apply(self, sketches: Array) -> Array:
         """Return whitened sketches, shape ``(N, layers, width)``."""
-        centred = (sketches - self.mean).transpose(1, 0, 2)
-        return np.ascontiguousarray((centred @ self.matrix).transpose(1, 0, 2))
+        white = np.empty_like(sketches)
+        for start in range(0, len(sketches), ROWS):
+            rows = slice(start, start + ROWS)
+            centred = (sketches[rows] - self.mean).transpose(1, 0, 2)
+            white[rows] = (centred @ self.matrix).transpose(1, 0, 2)
+        return white
 
 
-def ledoit_wolf(centred: Array) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def ledoit_wolf(centred: Array, share: float = 1.0) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """Return the covariance of centred samples, shape ``(N, D)``, shrunk towards a multiple of the identity.
 
-    The weight of the identity is the one of Ledoit and Wolf (2004), "A well-conditioned estimator for
-    large-dimensional covariance matrices".
+    The weight of the identity is ``share`` times the one of Ledoit and Wolf (2004), "A well-conditioned estimator
+    for large-dimensional covariance matrices".
     """
     x = centred.astype(np.float64)
     count, width = x.shape
@@ -127,15 +154,20 @@ def ledoit_wolf(centred: Array) -> np.ndarray[tuple[int, int], np.dtype[np.float
     target = np.trace(sample) / width
     distance = np.square(sample - target * np.eye(width)).sum()
     error = (np.square(x).sum(1) @ np.square(x).sum(1) / count - np.square(sample).sum()) / count
-    weight = 1.0 if distance <= 0 else min(1.0, error / distance)
+    weight = 1.0 if distance <= 0 else share * min(1.0, error / distance)
     shrunk: np.ndarray[tuple[int, int], np.dtype[np.float64]] = (1 - weight) * sample
     shrunk[np.diag_indices(width)] += weight * target
     return shrunk
 
 
-def shorten(vectors: Array, radius: Array) -> Array:
+def lengths(vectors: Array) -> Array:
+    """Return the length of each layer's vector, at least the smallest positive number: shape ``(N, layers)``."""
+    square: Array = np.einsum("nld,nld->nl", vectors, vectors)
+    return np.maximum(np.sqrt(square, out=square), np.finfo(np.float32).tiny, out=square)
+
+
+def shorten(vectors: Array, radius: Array, length: Array | None = None) -> Array:
     """Scale vectors of shape ``(N, layers, width)`` down to length ``radius``, one for each layer."""
-    length = np.sqrt(np.einsum("nld,nld->nl", vectors, vectors))
-    scale = np.minimum(1.0, radius / np.maximum(length, np.finfo(np.float32).tiny))
-    shortened: Array = vectors * scale[:, :, None].astype(np.float32)
+    scale = np.minimum(np.float32(1), radius / (lengths(vectors) if length is None else length))
+    shortened: Array = vectors * scale[:, :, None]
     return shortened

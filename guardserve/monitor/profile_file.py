@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +14,15 @@ from safetensors.numpy import save
 
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.monitor.calibration import ARLS
-from guardserve.monitor.chart import LAMBDAS
+from guardserve.monitor.chart import SHARES
+from guardserve.monitor.files import write_whole
 
 KEY = "guardserve_reference"
 """The metadata entry that holds the facts."""
 
-VERSION = 1
+VERSION = 2
 
 FACTS: Mapping[str, type | tuple[type, ...]] = {
-    "version": int,
     "layers": list,
     "channels": list,
     "fingerprint": str,
@@ -34,6 +30,7 @@ FACTS: Mapping[str, type | tuple[type, ...]] = {
     "nonfinite_samples": int,
     "target_arl": (int, float),
     "measured_arl": list,
+    "ordered": bool,
 }
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -41,19 +38,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 def write_profile(path: str | PathLike[str], facts: Mapping[str, Any], arrays: Arrays) -> None:
     """Write a profile, whole or not at all: a reader never meets half a file."""
-    target = Path(path)
     metadata = {KEY: json.dumps({"version": VERSION, **facts})}
-    data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except BaseException:
-        with suppress(OSError):
-            Path(temporary).unlink()
-        raise
+    write_whole(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
 
 
 def read_profile(path: str | PathLike[str]) -> tuple[dict[str, Any], Arrays]:
@@ -82,11 +68,11 @@ def read_profile(path: str | PathLike[str]) -> tuple[dict[str, Any], Arrays]:
 def _check_facts(facts: object) -> None:
     if not isinstance(facts, dict):
         raise ValueError("its metadata is not a JSON object")  # noqa: TRY004 - of the file, not of a caller
+    if facts.get("version") != VERSION:
+        raise ValueError(f"its version is {facts.get('version')!r}, this guardserve reads {VERSION}")
     for name, kind in FACTS.items():
         if not isinstance(facts.get(name), kind):
             raise ValueError(f"its {name} is {facts.get(name)!r}")  # noqa: TRY004 - of the file, too
-    if facts["version"] != VERSION:
-        raise ValueError(f"its version is {facts['version']}, this guardserve reads {VERSION}")
     layers, channels, measured = facts["layers"], facts["channels"], facts["measured_arl"]
     if not layers or not all(isinstance(name, str) for name in layers):
         raise ValueError(f"its layers are {layers!r}")
@@ -106,10 +92,9 @@ def _check_arrays(facts: Mapping[str, Any], arrays: Arrays) -> None:
         "scale": (features,),
         "mean": (layers, width),
         "matrix": (layers, width, width),
-        "radius": (layers,),
-        "median": (len(LAMBDAS), layers),
-        "high": (len(LAMBDAS), layers),
-        "thresholds": (len(ARLS),),
+        "median": (len(SHARES), layers),
+        "high": (len(SHARES), layers),
+        "thresholds": (len(SHARES), len(ARLS)),
         "scores": (len(scores) if scores is not None and scores.ndim == 1 else 0,),
     }
     for name, shape in shapes.items():
@@ -118,5 +103,6 @@ def _check_arrays(facts: Mapping[str, Any], arrays: Arrays) -> None:
             raise ValueError(f"its {name} has shape {None if array is None else array.shape}, not {shape}")
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise ValueError(f"its {name} holds something else than finite numbers")
-    if not arrays["scale"].all() or not (arrays["radius"] > 0).all() or not (arrays["high"] > arrays["median"]).all():
+    positive = arrays["scale"].all(), (arrays["high"] > arrays["median"]).all(), (arrays["thresholds"] > 0).all()
+    if not all(positive):
         raise ValueError("its scales are not positive")

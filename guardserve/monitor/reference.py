@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -15,21 +17,28 @@ from torch import nn
 
 from guardserve.batchnorm import ObservationPoint
 from guardserve.exceptions import ReferenceMismatchError, ReferenceProfileError
-from guardserve.monitor.calibration import ARLS, Levels, RunLength, find_levels, find_thresholds, measure
-from guardserve.monitor.collection import collect
-from guardserve.monitor.encoding import Sketch, Whitening, shorten
+from guardserve.monitor.calibration import ARLS, Pool, RunLength, dependent_run, find_levels, find_thresholds, measure
+from guardserve.monitor.chart import Levels
+from guardserve.monitor.collection import Collector, ReferenceData, collect
+from guardserve.monitor.encoding import Sketch, Whitening, lengths
 from guardserve.monitor.features import Array, fingerprint
 from guardserve.monitor.profile_file import Arrays, read_profile, write_profile
+from guardserve.monitor.reading import VALUES
 
 MIN_SAMPLES = 100
 """Fewest samples that a profile is made from."""
 
+WIDTH = 128
+"""Most dimensions that a layer is sketched to."""
+
 CARRIED = 10
 """A profile of N samples carries a target of this many times N samples between false alarms."""
 
-FOLDS = 4
+FOLDS = 10
 
-RADIUS_QUANTILE = 0.999
+SAMPLES_PER_DIMENSION = 5
+MIN_WIDTH = 16
+"""A layer is sketched to half as many dimensions, down to this, until there are so many samples for each."""
 
 
 class ReferenceWarning(UserWarning):
@@ -51,10 +60,11 @@ class ReferenceProfile:
         measured_arl: Average run length on held-out samples, with its 95 % confidence interval.
         sketch: From features to short vectors.
         whitening: From those to vectors with mean 0 and covariance 1.
-        radius: Length that a layer's vector is cut to, so that no single sample alarms by itself.
         levels: What makes the statistics comparable.
-        thresholds: Evidence from which on there is an alarm, for each of :data:`calibration.ARLS`.
-        scores: Sorted scores of all samples, each judged by what others gave, which p-values refer to.
+        thresholds: Evidence of each chart from which on there is an alarm, for each of :data:`calibration.ARLS`.
+        scores: Sorted oddness of all samples, each judged by what others gave, which p-values refer to.
+        ordered: Whether the reference was taken as a sequence, each sample depending on those before it.
+        values: Values that were read of each sample at each layer, about; None is all. A monitor reads as many.
     """
 
     layers: tuple[str, ...]
@@ -65,10 +75,11 @@ class ReferenceProfile:
     measured_arl: RunLength
     sketch: Sketch
     whitening: Whitening
-    radius: Array
     levels: Levels
     thresholds: npt.NDArray[np.float64]
     scores: npt.NDArray[np.float64]
+    ordered: bool = False
+    values: int | None = None
 
     @classmethod
     def fit(
@@ -77,22 +88,27 @@ class ReferenceProfile:
         loader: Iterable[Any],
         *,
         target_arl: float = 10_000,
-        width: int = 32,
+        ordered: bool = False,
+        width: int = WIDTH,
         seed: int = 0,
+        values: int | None = VALUES,
         progress: Callable[[str, int], object] = lambda _stage, _samples: None,
     ) -> ReferenceProfile:
-        """Make a profile from clean samples, independent of each other and like those in production.
+        """Make a profile from clean samples like those in production.
 
-        The samples are split at random: three quarters to fit and to set thresholds, each sample being judged
-        by what the others gave, and a quarter to measure.
+        The samples are split: three quarters to fit and to set thresholds, each sample being judged by what the
+        others gave, and a quarter to measure. They are taken as independent of each other, unless ``ordered`` says
+        that they came as a sequence, such as the frames of a video: then parts are stretches of the sequence.
 
         Args:
             model: The model; it runs in eval mode, without gradients, whatever its flags say.
             loader: Batches: a tensor, a tuple or list whose first item is the input (as labelled data sets
                 give), or a mapping of keyword arguments.
             target_arl: Samples between false alarms for which to measure; alarms may be asked for at any other.
-            width: Dimensions that each layer is sketched to.
+            ordered: Whether each sample may depend on the ones before it.
+            width: Most dimensions that each layer is sketched to; few samples carry fewer.
             seed: Of the split and the simulations.
+            values: Values to read of each sample at each layer, about; None reads all. A monitor reads as many.
             progress: Called with a stage (``"reading"``, ``"calibrating"``, ``"measuring"``) and the number of
                 samples read so far.
 
@@ -101,31 +117,46 @@ class ReferenceProfile:
         """
         check_target(target_arl)
         rng = np.random.default_rng(seed)
-        data = collect(model, loader, width, rng, lambda samples: progress("reading", samples))
+        collector = Collector(width, rng, ordered=ordered)
+        data = collect(model, loader, collector, lambda samples: progress("reading", samples), values)
+        profile = cls.of_data(data, target_arl=target_arl, rng=rng, progress=progress)
+        profile.warn_if_too_small(target_arl)
+        return profile
+
+    @classmethod
+    def of_data(
+        cls,
+        data: ReferenceData,
+        *,
+        target_arl: float,
+        rng: np.random.Generator,
+        progress: Callable[[str, int], object] = lambda _stage, _samples: None,
+    ) -> ReferenceProfile:
+        """Make a profile from what was collected; the arguments are those of :meth:`fit`."""
         if data.samples < MIN_SAMPLES:
             raise ReferenceProfileError(
                 f"the reference has {data.samples} finite samples: give at least {MIN_SAMPLES}, better 1000 or more"
             )
         progress("calibrating", data.samples)
+        data = data.narrowed(_width(len(data.fitting), data.sketch.width))
         dimensions = data.sketch.dimensions
-        folds = _out_of_fold(data.fitting, dimensions, rng)
-        length = np.sqrt(np.square(np.concatenate(folds)).sum(-1))
-        radius = np.maximum(np.quantile(length, RADIUS_QUANTILE, axis=0), np.finfo(np.float32).tiny).astype(np.float32)
-        pools = [shorten(fold, radius) for fold in folds]
-        levels = find_levels(pools, dimensions, rng)
-        thresholds = find_thresholds(pools, dimensions, levels, rng)
+        whitened = _out_of_fold(data.fitting, dimensions, data.ordered, rng)
+        run = dependent_run(whitened) if data.ordered else 1
+        levels = find_levels(whitened, dimensions, rng, run)
+        pool = Pool.of(whitened, levels, run=run, fitted=len(whitened))
+        thresholds = find_thresholds(pool, dimensions, levels, rng)
         progress("measuring", data.samples)
         whitening = Whitening.fit(data.fitting, dimensions)
-        held_out = whitening.apply(data.held_out)
+        measuring = Pool.of(whitening.apply(data.held_out), levels, run=run)
         measured_arl = measure(
-            shorten(held_out, radius),
+            measuring,
             dimensions,
             levels,
-            threshold=threshold_at(thresholds, target_arl),
+            thresholds=thresholds_at(thresholds, target_arl),
             target_arl=target_arl,
             rng=rng,
         )
-        profile = cls(
+        return cls(
             layers=tuple(point.name for point in data.points),
             fingerprint=fingerprint(data.points),
             samples=data.samples,
@@ -134,23 +165,22 @@ class ReferenceProfile:
             measured_arl=measured_arl,
             sketch=data.sketch,
             whitening=whitening,
-            radius=radius,
             levels=levels,
             thresholds=thresholds,
-            scores=np.sort(sample_scores(np.concatenate([*folds, held_out]), radius)),
+            scores=np.sort(np.concatenate([pool.oddness, measuring.oddness])).astype(np.float64),
+            ordered=data.ordered,
+            values=data.values,
         )
-        profile.warn_if_too_small(target_arl)
-        return profile
 
     @property
     def supported_arl(self) -> float:
         """The longest average run length that the number of samples carries."""
         return min(float(CARRIED * self.samples), float(ARLS[-1]))
 
-    def threshold(self, target_arl: float) -> float:
-        """Return the evidence that clean data exceed once in ``target_arl`` samples on average."""
+    def threshold(self, target_arl: float) -> npt.NDArray[np.float64]:
+        """Return the evidence, one for each chart, that clean data exceed once in ``target_arl`` samples on average."""
         check_target(target_arl)
-        return threshold_at(self.thresholds, target_arl)
+        return thresholds_at(self.thresholds, target_arl)
 
     def warn_if_too_small(self, target_arl: float) -> None:
         """Warn when the profile cannot carry a target."""
@@ -182,17 +212,37 @@ class ReferenceProfile:
                 f"{self.fingerprint[:12]}: it belongs to another model or to other weights; make one with this model"
             )
 
-    def encode(self, features: Array) -> tuple[Array, Array]:
-        """Return standardised features ``(N, F)`` and whitened vectors ``(N, layers, width)`` of finite features."""
-        standardised = self.sketch.standardise(features)
-        return standardised, self.whitening.apply(self.sketch.project(standardised))
+    @cached_property
+    def digest(self) -> str:
+        """Hash of everything that vectors and alarms depend on: of two profiles of one model, each has its own."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for name, array in sorted(self._arrays().items()):
+            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
-    def p_values(self, vectors: Array) -> npt.NDArray[np.float64]:
+    def encode(self, features: Array, out: Array | None = None) -> tuple[Array, Array, Array]:
+        """Encode finite features, shape ``(N, F)``.
+
+        Args:
+            features: What a :class:`FeatureReader` read.
+            out: Where the standardised features go; a new array if None.
+
+        Returns:
+            Standardised features ``(N, F)``, whitened vectors ``(N, layers, width)`` and their lengths ``(N, layers)``.
+        """
+        standardised = self.sketch.standardise(features, out)
+        vectors = self.whitening.apply(self.sketch.project(standardised))
+        return standardised, vectors, lengths(vectors)
+
+    def p_values(self, oddness: Array) -> npt.NDArray[np.float64]:
         """Return the share of clean samples at least as odd, one p-value a sample (Vovk et al. 2005).
 
         ``(1 + #{reference scores >= score}) / (reference samples + 1)``: uniform for samples like the reference.
+
+        Args:
+            oddness: How odd each sample is, shape ``(N,)``: the largest of :meth:`Levels.oddness` over its layers.
         """
-        as_odd = len(self.scores) - np.searchsorted(self.scores, sample_scores(vectors, self.radius), side="left")
+        as_odd = len(self.scores) - np.searchsorted(self.scores, oddness, side="left")
         p: npt.NDArray[np.float64] = (1 + as_odd) / (len(self.scores) + 1)
         return p
 
@@ -206,19 +256,22 @@ class ReferenceProfile:
             "nonfinite_samples": self.nonfinite_samples,
             "target_arl": self.target_arl,
             "measured_arl": [self.measured_arl.mean, self.measured_arl.low, self.measured_arl.high],
+            "ordered": self.ordered,
+            "values": self.values,
         }
-        arrays: Arrays = {
+        write_profile(path, facts, self._arrays())
+
+    def _arrays(self) -> Arrays:
+        return {
             "centre": self.sketch.centre,
             "scale": self.sketch.scale,
             "mean": self.whitening.mean,
             "matrix": self.whitening.matrix,
-            "radius": self.radius,
             "median": self.levels.median,
             "high": self.levels.high,
             "thresholds": self.thresholds,
             "scores": self.scores,
         }
-        write_profile(path, facts, arrays)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ReferenceProfile:
@@ -238,10 +291,11 @@ class ReferenceProfile:
             measured_arl=RunLength(*facts["measured_arl"]),
             sketch=Sketch(channels, arrays["mean"].shape[1], arrays["centre"], arrays["scale"]),
             whitening=Whitening(arrays["mean"], arrays["matrix"]),
-            radius=arrays["radius"],
             levels=Levels(arrays["median"], arrays["high"]),
             thresholds=arrays["thresholds"],
             scores=arrays["scores"],
+            ordered=facts["ordered"],
+            values=facts.get("values"),  # a profile that does not tell was made from all
         )
 
 
@@ -251,18 +305,27 @@ def check_target(target_arl: float) -> None:
         raise ValueError(f"target_arl={target_arl}: use {ARLS[0]:.0f} to {ARLS[-1]:.0f} samples between false alarms")
 
 
-def threshold_at(thresholds: npt.NDArray[np.float64], target_arl: float) -> float:
-    """Interpolate between the thresholds of :data:`calibration.ARLS`."""
-    return float(np.interp(math.log(target_arl), np.log(ARLS), thresholds))
+def thresholds_at(thresholds: npt.NDArray[np.float64], target_arl: float) -> npt.NDArray[np.float64]:
+    """Interpolate each chart's thresholds between those of :data:`calibration.ARLS`."""
+    return np.array([np.interp(math.log(target_arl), np.log(ARLS), row) for row in thresholds])
 
 
-def sample_scores(vectors: Array, radius: Array) -> npt.NDArray[np.float64]:
-    """Return how odd each sample is: its longest vector, relative to the longest ones of the reference."""
-    scores: npt.NDArray[np.float64] = (np.sqrt(np.square(vectors).sum(-1)) / radius).max(1).astype(np.float64)
-    return scores
+def _width(samples: int, most: int) -> int:
+    """Return how many dimensions so many samples carry: a covariance takes several samples for each."""
+    width = most
+    while width > MIN_WIDTH and width * SAMPLES_PER_DIMENSION > samples and width % 4 == 0:
+        width //= 2
+    return width
 
 
-def _out_of_fold(sketches: Array, dimensions: Sequence[int], rng: np.random.Generator) -> list[Array]:
-    """Share samples out among folds and whiten each fold by what the others give, as fresh samples will be."""
-    fold = rng.permutation(len(sketches)) % FOLDS
-    return [Whitening.fit(sketches[fold != k], dimensions).apply(sketches[fold == k]) for k in range(FOLDS)]
+def _out_of_fold(sketches: Array, dimensions: Sequence[int], ordered: bool, rng: np.random.Generator) -> Array:
+    """Share samples out among folds and whiten each fold by what the others give, as fresh samples will be.
+
+    The folds of a sequence are stretches of it.
+    """
+    count = len(sketches)
+    fold = np.arange(count) * FOLDS // count if ordered else rng.permutation(count) % FOLDS
+    whitened = np.empty_like(sketches)
+    for k in range(FOLDS):
+        whitened[fold == k] = Whitening.fit(sketches[fold != k], dimensions).apply(sketches[fold == k])
+    return whitened

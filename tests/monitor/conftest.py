@@ -12,6 +12,8 @@ from torch import nn
 from guardserve.demo.digits import Digits, load_digits
 from guardserve.demo.model import digits_cnn
 from guardserve.monitor import ReferenceProfile, ReferenceWarning
+from guardserve.monitor.features import Array, FeatureReader, execution_order
+from guardserve.monitor.taps import Record, Taps
 
 Sampler = Callable[..., torch.Tensor]
 
@@ -52,3 +54,19 @@ def profile(model: nn.Module, clean: Sampler) -> ReferenceProfile:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ReferenceWarning)
         return ReferenceProfile.fit(model, torch.split(clean(1200, seed=1), 100), target_arl=1000)
+
+
+@pytest.fixture(scope="session")
+def features(model: nn.Module) -> Callable[[torch.Tensor], Array]:
+    """Read what a referenced monitor reads off the demo's model."""
+
+    def read(images: torch.Tensor) -> Array:
+        records: list[Record] = []
+        taps = Taps(model.eval(), records.append)
+        with torch.inference_mode():
+            model(images)
+        taps.close()
+        order = execution_order(records[0])
+        return FeatureReader([taps.points[index] for index in order], order).read(records)
+
+    return read

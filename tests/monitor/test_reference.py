@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,8 @@ def test_a_profile_is_small(profile: ReferenceProfile, tmp_path: Path) -> None:
     """It holds a few numbers a channel and a small matrix a layer, whatever the number of samples."""
     profile.save(tmp_path / "profile.safetensors")
     channels, layers = 208, 5
-    assert (tmp_path / "profile.safetensors").stat().st_size < 32 * channels + 5000 * layers + 9 * 1200 + 4096
+    size = (tmp_path / "profile.safetensors").stat().st_size
+    assert size < 32 * channels + 4 * layers * 128 * 129 + 9 * 1200 + 4096
 
 
 def test_a_profile_of_another_model_is_refused(model: nn.Module, profile: ReferenceProfile) -> None:
@@ -125,16 +127,15 @@ def test_damaged_and_foreign_files_are_clear_errors(profile: ReferenceProfile, t
     foreign = tmp_path / "foreign.safetensors"
     save_file({"weight": np.zeros(3, np.float32)}, foreign)
     newer = tmp_path / "newer.safetensors"
-    save_file({"weight": np.zeros(3, np.float32)}, newer, {"guardserve_reference": json.dumps({"version": 2})})
+    save_file({"weight": np.zeros(3, np.float32)}, newer, {"guardserve_reference": json.dumps({"version": 3})})
     nan = tmp_path / "nan.safetensors"
-    object.__setattr__(poisoned := copy.copy(profile), "radius", profile.radius * np.float32(np.nan))
-    poisoned.save(nan)
+    replace(profile, thresholds=profile.thresholds * np.nan).save(nan)
     for path, reason in (
         (tmp_path / "absent", "cannot be read"),
         (cut, "damaged or not"),
         (foreign, "but not a reference profile"),
-        (newer, "layers is None"),
-        (nan, "radius holds something else than finite numbers"),
+        (newer, "its version is 3, this guardserve reads 2"),
+        (nan, "thresholds holds something else than finite numbers"),
     ):
         with pytest.raises(ReferenceProfileError, match=reason) as error:
             ReferenceProfile.load(path)
@@ -193,14 +194,24 @@ def test_shrinkage_is_that_of_scikit_learn() -> None:
     assert np.allclose(ledoit_wolf(x), expected, rtol=1e-6)
 
 
-def test_a_sketch_sums_signed_runs_of_channels() -> None:
-    """Each bucket of a layer is the signed sum of its run; narrow layers keep every feature."""
+def test_a_sketch_sums_signed_channels() -> None:
+    """Each bucket of a layer is the signed sum of every other channel; narrow layers keep every feature."""
     features = np.random.default_rng(2).standard_normal((500, 2 * (5 + 2))).astype(np.float32)
     sketch = Sketch.fit(features, [5, 2], 4, np.random.default_rng(3))
     standardised = sketch.standardise(features)
     short = sketch.project(standardised)
     assert short.shape == (500, 2, 4)
     assert sketch.dimensions == (4, 4)
-    expected = [standardised[:, a:b].sum(1) for a, b in ((0, 2), (2, 5), (7, 9), (9, 12))]
+    expected = [standardised[:, list(run)].sum(1) for run in ((0, 2, 4), (1, 3), (7, 9, 11), (8, 10))]
     assert np.allclose(short[:, 0], np.stack(expected, axis=1), atol=1e-5)
     assert np.array_equal(short[:, 1], standardised[:, [5, 6, 12, 13]])
+
+
+@pytest.mark.parametrize("width", [16, 8, 4])
+def test_a_folded_sketch_is_the_narrower_one(width: int) -> None:
+    """Few samples carry fewer dimensions; nobody knows how few before all have been read."""
+    features = np.random.default_rng(2).standard_normal((50, 2 * (40 + 3 + 11))).astype(np.float32)
+    wide = Sketch.fit(features, [40, 3, 11], 32, np.random.default_rng(3))
+    narrow = replace(wide, width=width)
+    z = wide.standardise(features)
+    assert np.allclose(wide.fold(wide.project(z), narrow), narrow.project(z), atol=1e-5)

@@ -1,0 +1,35 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+
+
+def write_whole(path: str | PathLike[str], data: bytes) -> None:
+    """Replace a file by new contents that are on the disk before the old ones go.
+
+    A reader, and whoever comes after a crash, finds all of the old file or all of the new one.
+    """
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
+    except BaseException:
+        with suppress(OSError):
+            Path(temporary).unlink()
+        raise
+    with suppress(OSError):  # a file system that cannot open a folder keeps the new name in its own time
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

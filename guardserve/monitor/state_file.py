@@ -1,0 +1,52 @@
+"""The file in which a detector's memory outlives a restart."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from guardserve.exceptions import DetectorStateError
+from guardserve.monitor.detector import Detector
+from guardserve.monitor.files import write_whole
+
+KEY = "guardserve_detector"
+"""The metadata entry that tells which profile the detector had."""
+
+VERSION = 1
+
+
+def save_state(path: str | PathLike[str], detector: Detector) -> None:
+    """Write what a detector remembers, whole or not at all, and on the disk before it returns."""
+    metadata = {KEY: json.dumps({"version": VERSION, "profile": detector.profile.digest})}
+    write_whole(path, save({name: np.ascontiguousarray(a) for name, a in detector.state_dict().items()}, metadata))
+
+
+def load_state(path: str | PathLike[str], detector: Detector) -> bool:
+    """Let a detector go on from where a file says it was; no code of the file runs.
+
+    Returns:
+        Whether there was a file; without one the detector stays as it is.
+
+    Raises:
+        DetectorStateError: If the file is damaged, something else, or of a detector with another profile. The
+            detector stays as it is.
+    """
+    remedy = "remove it to begin anew"
+    if not Path(path).exists():
+        return False
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            facts = json.loads((file.metadata() or {}).get(KEY, "null"))
+            if not isinstance(facts, dict) or facts.get("version") != VERSION:
+                raise DetectorStateError(f"{path} holds no detector's state of version {VERSION}: {remedy}")
+            if facts.get("profile") != detector.profile.digest:
+                raise DetectorStateError(f"{path} is of a detector with another reference profile: {remedy}")
+            detector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DetectorStateError(f"{path} is damaged or holds no detector's state ({error}): {remedy}") from error
+    return True
