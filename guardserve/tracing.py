@@ -109,6 +109,11 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     that everything noted before is forgotten.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Say no: torch would import its compiler, for seconds, at the first operator."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.origin: NonFiniteOrigin | None = None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import torch
 from torch import nn
 
@@ -98,3 +102,15 @@ def test_an_origin_seen_before_the_forward_raised_is_kept() -> None:
     assert origin is not None
     assert (origin.module, origin.operator) == ("bad", "aten.addmm")
     assert trace_nonfinite(Strict(), torch.ones(1, 5)) is None, "it raised before anything became non-finite"
+
+
+def test_the_search_does_not_import_the_compiler() -> None:
+    """That would take seconds, in which a server answers nobody."""
+    code = (
+        "import sys, torch, guardserve\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))\n"
+        "model[1].weight.data.fill_(float('inf'))\n"
+        "print(guardserve.trace_nonfinite(model, torch.ones(1, 2)), 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.search(r"\b1 \(Linear\).* False$", done.stdout), done.stdout
