@@ -26,6 +26,9 @@ PROBE_SIZE = 32
 TRACE_INTERVAL = 10.0
 """Seconds between two searches for the origin of non-finite outputs: each costs a forward."""
 
+WORST_CHANNELS = 16
+"""Channels of each layer that a verdict names."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -101,6 +104,7 @@ class Runtime:
             window=shift_window,
             min_samples=shift_min_samples,
             threshold=shift_threshold,
+            worst_channels=WORST_CHANNELS,
             reference=reference,
             target_arl=target_arl,
         )

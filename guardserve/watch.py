@@ -211,12 +211,13 @@ class Watch:
             )
 
     def _shift(self, now: float, verdict: Verdict) -> Iterator[Event]:
+        """Tell alarms and changes of state, but not that of suspicion, which clean samples raise and calm all day."""
         last = self.verdict
         if verdict.alarms > last.alarms or (verdict.evidence is None and verdict.state == "shifted" != last.state):
             yield Event(now, "alarm", "bad", f"shift at {verdict.layer}: {explain(verdict)}")
-        if verdict.state != last.state:
+        if verdict.state != last.state and {verdict.state, last.state} != {"ok", "suspect"}:
             self.since = now
-            level = {"suspect": "watch", "shifted": "bad", "blind": "watch"}.get(verdict.state, "good")
+            level = {"shifted": "bad", "blind": "watch"}.get(verdict.state, "good")
             yield Event(now, "state", level, f"the monitor's state went from {last.state} to {verdict.state}")
 
     def _nonfinite_outputs(self, now: float) -> Iterator[Event]:

@@ -32,7 +32,7 @@ STATES: dict[State, tuple[Level, str, str]] = {
     "warming": ("unknown", "Serving, not judged yet", "More samples are needed before their statistics say something."),
     "blind": ("watch", "Serving, but not watched", "No layer can be judged: none has finite running statistics."),
     "ok": ("good", "Serving normally", "What enters the model looks as it should."),
-    "suspect": ("watch", "Serving; inputs look unusual", "There is more evidence of a shift than usual, but no alarm."),
+    "suspect": ("good", "Serving normally", "There is a little more evidence of a shift than usual, but no alarm."),
     "recovered": ("watch", "Serving normally again", "The evidence of a shift has stayed low since."),
 }
 

@@ -140,7 +140,7 @@ function stretch() {
 }
 
 // Each list: its class, its name in the key, and one value a point (null where there is none).
-function chart(id, lists, { least = 0, unit = number, threshold = null } = {}) {
+function chart(id, lists, { least = 0, unit = number, threshold = null, wide = false } = {}) {
   const times = points().map((point) => point.at);
   const key = element("p", { class: "key" });
   for (const { kind, name } of [...lists, ...(threshold === null ? [] : [{ kind: "threshold", name: "threshold" }])]) key.append(element("span", { class: kind }, element("i"), name));
@@ -153,10 +153,13 @@ function chart(id, lists, { least = 0, unit = number, threshold = null } = {}) {
   const top = 1.08 * Math.max(least, threshold ?? 0, ...values);
   const { begin, end } = stretch();
   const x = (at) => left + ((width - left) * (at - begin)) / Math.max(1, end - begin);
-  const y = (value) => height - bottom - ((height - bottom - 6) * value) / top;
+  const log = wide && top > 10; // values of very different size
+  const scaled = log ? Math.log1p : (value) => value;
+  const y = (value) => height - bottom - ((height - bottom - 6) * scaled(value)) / scaled(top);
+  const ticks = log ? [0, 1, 10, 100, 1000, 1e4, 1e5, 1e6].filter((value) => value < top) : [0, top / 2, top];
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": lists.map((list) => `${list.name} now ${unit(list.values.at(-1))}`).join(", ") });
   const line = (kind, value) => svg.append(drawn("line", { class: kind, x1: left, x2: width, y1: y(value), y2: y(value) }));
-  for (const value of [0, top / 2, top]) {
+  for (const value of ticks) {
     line("grid", value);
     svg.append(drawn("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, unit(value)));
   }
@@ -174,7 +177,7 @@ function chart(id, lists, { least = 0, unit = number, threshold = null } = {}) {
 function renderEvidence() {
   const { name, value, threshold } = state.now.judged_by;
   $("evidence-said").textContent = value === null ? `The ${name} is not known yet: ${number(state.now.samples)} samples so far.` : `The ${name} is ${number(value)}; from ${number(threshold)} on it is a shift. ${state.now.samples.toLocaleString()} samples so far.`;
-  chart("evidence", [{ kind: "one", name: `${name}, as a share of the threshold`, values: points().map((point) => point.level) }], { least: 1, threshold: 1 });
+  chart("evidence", [{ kind: "one", name: `${name}, as a share of the threshold`, values: points().map((point) => point.level) }], { least: 1, threshold: 1, wide: true });
   $("note").textContent = state.now.note;
 }
 
@@ -198,13 +201,16 @@ function renderHeat() {
   canvas.height = rows * ROW;
   canvas.style.height = `${rows * ROW}px`;
   const context = canvas.getContext("2d");
+  let next = 0; // the first column that is still empty
   for (const point of list) {
     const column = columns - 1 - Math.round((end - point.at) / interval);
     if (column < 0) continue;
+    const from = column - next === 1 ? next : column; // a look that came a little late leaves no gap
+    next = column + 1;
     point.layers.forEach((value, row) => {
       if (value === null) return;
       context.fillStyle = colour(value);
-      context.fillRect(column, row * ROW + 1, 1, ROW - 2);
+      context.fillRect(from, row * ROW + 1, next - from, ROW - 2);
     });
   }
   $("heat-axis").replaceChildren(element("span", {}, clock(begin)), element("span", {}, clock(end)));
