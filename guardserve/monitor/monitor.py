@@ -115,7 +115,7 @@ class Monitor:
                 method(record)
 
         with self._lock:  # other threads may be in a forward already, and must wait for the taps to be there
-            self._taps = Taps(model, emit, values if reference is None else getattr(reference, "values", VALUES))
+            self._taps = Taps(model, emit, values if reference is None else reference.values)
             self._budget = Budget(self._taps, budget if reference is None else None)
             self._scales = Scales(self._taps.points)
             self._worker = Worker(self._work, "guardserve-monitor")

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,9 @@ VALUES = 8192
 MIN_POSITIONS = 16
 """Positions that are read at least, however many channels a layer has."""
 
+FEW_POSITIONS = 64
+"""So few positions are all read, however many channels a layer has."""
+
 _WIDEST = 16
 """Neighbouring columns read together, at most: a cache line of float32 where they are contiguous."""
 
@@ -33,7 +36,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 _KEPT_CELLS = 1024
 
 
-class Reading(NamedTuple):
+@dataclass(slots=True)
+class Reading:
     """What one layer showed when it ran, the deviations of its input ``x`` from the layer's anchor summed up.
 
     Attributes:
@@ -49,13 +53,19 @@ class Reading(NamedTuple):
     count: float
 
 
-class Cell(NamedTuple):
-    """A view of an activation: its size, strides and offset, and the number of positions in it."""
+@dataclass(slots=True)
+class Cell:
+    """A view of an activation: its size, strides and offset, and the number of positions in it.
+
+    ``turned_size`` and ``turned_stride`` are those with the axes of positions first.
+    """
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
     count: int
+    turned_size: tuple[int, ...]
+    turned_stride: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -85,18 +95,45 @@ class Axis:
 
 @lru_cache(maxsize=256)
 def share_out(sizes: tuple[int, ...], target: int) -> tuple[Axis, ...]:
-    """Share positions out to cells of about ``target``: blocks of the last axis, spread over all of the others."""
+    """Share positions out to cells of about ``target``: blocks of the last axis, spread over all of the others.
+
+    Cells are of the same size if the axes can be divided so.
+    """
+    even = min(
+        product(*(_divisors(size) for size in sizes)),
+        key=lambda lengths: _oddity(lengths, target, blocks=len(sizes) > 1),
+    )
+    if 1 / 2 <= math.prod(even) / target <= 2:  # noqa: PLR2004 - about as many
+        counts = [size // length for size, length in zip(sizes, even, strict=True)]
+    else:
+        counts = _counts(sizes, target)
+    *others, last = [*zip(sizes, counts, strict=True)]
+    axes = [Axis.strided(size, count) for size, count in others]
+    return (*axes, Axis.blocks(*last) if others else Axis.strided(*last))
+
+
+def _oddity(lengths: tuple[int, ...], target: int, *, blocks: bool) -> tuple[float, float]:
+    """Rank ways to divide axes: by how far a cell is from the target, then by how far it is from a square."""
+    away = abs(math.log(math.prod(lengths) / target)) + (10.0 if blocks and lengths[-1] > _WIDEST else 0.0)
+    return round(2 * away), max(lengths) / min(lengths)
+
+
+def _counts(sizes: tuple[int, ...], target: int) -> list[int]:
+    """Share out axes that cannot be divided evenly; parts then differ by one in length."""
     *others, width = sizes
     if not others:
-        return (Axis.strided(width, max(1, round(width / target))),)
+        return [max(1, round(width / target))]
     wide = min(width, max(1, min(_WIDEST, round(math.sqrt(target))), target // math.prod(others)))
-    axes = [Axis.blocks(width, round(width / wide))]
-    left = target * len(axes[0].parts) / width
+    counts = [round(width / wide)]
+    left = target * counts[0] / width
     for size in reversed(others):
-        count = min(size, max(1, round(size / max(1.0, left))))
-        axes.append(Axis.strided(size, count))
-        left *= count / size
-    return tuple(reversed(axes))
+        counts.insert(0, min(size, max(1, round(size / max(1.0, left)))))
+        left *= counts[0] / size
+    return counts
+
+
+def _divisors(size: int) -> list[int]:
+    return [length for length in range(1, size + 1) if size % length == 0]
 
 
 class Plan:
@@ -112,6 +149,7 @@ class Plan:
     Attributes:
         axes: The axes of positions in a cell's view.
         positions: Number of positions.
+        uniform: Whether its cells are of the same size.
     """
 
     def __init__(
@@ -127,7 +165,8 @@ class Plan:
         self._size = (rows // each, channels)
         self._stride = (outer * each, channel)
         self._strides = tuple(strides)
-        target = self.positions if values is None else max(MIN_POSITIONS, values // max(1, channels))
+        least = self.positions if self.positions <= FEW_POSITIONS else MIN_POSITIONS
+        target = self.positions if values is None else max(least, values // max(1, channels))
         self.parts = (
             share_out(tuple(sizes), target)
             if target < self.positions
@@ -137,6 +176,7 @@ class Plan:
         while math.gcd(step, max(1, self.positions)) > 1:
             step += 1
         self._step = step
+        self.uniform = all(len({len(part) for part in axis.parts}) == 1 for axis in self.parts)
         self._cells: dict[int, Cell] = {}
 
     def cell(self, turn: int) -> Cell:
@@ -161,7 +201,9 @@ class Plan:
         size = tuple(len(part) for part in chosen)
         stride = tuple(part.step * step for part, step in zip(chosen, self._strides, strict=True))
         offset = sum(part.start * step for part, step in zip(chosen, self._strides, strict=True))
-        return Cell(self._size + size, self._stride + stride, offset, math.prod(size))
+        return Cell(
+            self._size + size, self._stride + stride, offset, math.prod(size), size + self._size, stride + self._stride
+        )
 
 
 def read(index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor) -> Reading:
@@ -177,8 +219,9 @@ def read(index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tenso
         turn: The number of the forward.
         anchor: At least float32, shape ``(C, 1, ...)`` with as many ones as the plan has axes.
     """
-    size, stride, offset, count = plan.cell(turn)
-    deviation = x.as_strided(size, stride, x.storage_offset() + offset) - anchor
+    cell = plan.cell(turn)
+    count = cell.count
+    deviation = x.as_strided(cell.size, cell.stride, x.storage_offset() + cell.offset) - anchor
     if count == 1:
         return Reading(index, deviation, None, 1)
     if x.is_cuda:  # one kernel for both; on a CPU it takes many times as long as the sums
@@ -202,7 +245,7 @@ class Rows(NamedTuple):
 
 def side_by_side(readings: Sequence[Reading]) -> Rows:
     """Put the readings of layers with equally many samples side by side."""
-    totals = [total if total.ndim == 2 else total.flatten(1) for _, total, _, _ in readings]  # noqa: PLR2004
+    totals = [reading.total.flatten(1) for reading in readings]
     squares = [
         torch.zeros_like(total) if reading.squares is None else reading.squares
         for reading, total in zip(readings, totals, strict=True)

@@ -18,6 +18,7 @@ from torch import nn
 from guardserve.batchnorm import ObservationPoint, batchnorm_layers, observation_points
 from guardserve.graphs import graph_norms
 from guardserve.monitor.reading import VALUES, Plan, Reading, Rows, read, side_by_side
+from guardserve.monitor.workspace import MOST_VALUES, Place, Slot, Sums, Workspace, fits
 from guardserve.nonfinite import named_tensors
 from guardserve.tracing import is_tracing
 
@@ -34,22 +35,43 @@ class Record:
 
     Attributes:
         samples: Number of samples, as the model's own input has them; None when a part was called by itself.
-        readings: What each layer showed, every time it ran, in the order in which they ran.
         turn: Number of the forward.
         values: Values read of each sample at each layer, about; None is all.
+        readings: What layers showed, in the order in which they ran; empty if ``sums`` has all of it.
+        sums: What all layers showed, if they were read into a workspace.
         ready: On an accelerator, the event after which the readings are there.
         seconds: If the forward was timed, when it began; at its end, how long it took.
         spent: If it was timed, the seconds of it that readings took.
         sink: Where the p-values of its samples go, if somebody waits for them.
     """
 
-    __slots__ = ("_rows", "readings", "ready", "samples", "seconds", "sink", "spent", "turn", "values")
+    __slots__ = (
+        "_rows",
+        "filled",
+        "places",
+        "readings",
+        "ready",
+        "samples",
+        "seconds",
+        "sink",
+        "slots",
+        "spent",
+        "sums",
+        "turn",
+        "values",
+        "workspace",
+    )
 
-    def __init__(self, samples: int | None, turn: int, values: int | None) -> None:
+    def __init__(self, samples: int | None, turn: int, values: int | None, slots: list[Slot | None]) -> None:
         self.samples = samples
         self.turn = turn
         self.values = values
         self.readings: list[Reading] = []
+        self.workspace: Workspace | None = None
+        self.slots = slots
+        self.filled: dict[int, None] = {}
+        self.places: list[Place] | None = None
+        self.sums: Sums | None = None
         self.ready: torch.cuda.Event | None = None
         self.seconds: float | None = None
         self.spent = 0.0
@@ -64,19 +86,24 @@ class Record:
     @property
     def route(self) -> tuple[int, ...]:
         """The layers that ran, in order, as often as each did."""
+        if self.sums is not None and self.workspace is not None:
+            return self.workspace.route
         return tuple([reading.index for reading in self.readings])
 
     @property
     def whole(self) -> bool:
         """Whether each layer that ran did so once, with one row a sample."""
-        return len(set(self.route)) == len(self.readings) and all(
+        return len(set(self.route)) == len(self.route) and all(
             len(reading.total) == self.samples for reading in self.readings
         )
 
     def rows(self) -> Rows:
         """Return all readings as arrays, side by side; only if :attr:`whole`."""
         if self._rows is None:
-            self._rows = self.rows_of(self.readings)
+            if self.sums is not None and self.workspace is not None:
+                self._rows = self.workspace.rows(self.sums)
+            else:
+                self._rows = self.rows_of(self.readings)
         return self._rows
 
     def rows_of(self, readings: Sequence[Reading]) -> Rows:
@@ -110,18 +137,33 @@ class _Tap:
         self.fault: str | None = None
         self._plans: dict[object, tuple[Plan, torch.Tensor]] = {}
 
-    def read(self, x: torch.Tensor, record: Record) -> Reading | None:
-        """Read an activation; None if there is nothing to read."""
+    def read(self, x: torch.Tensor, record: Record) -> None:
+        """Read an activation."""
+        if x.requires_grad:
+            x = x.detach()
+        slot = record.slots[self.index]
+        if (
+            slot is not None
+            and self.index not in record.filled
+            and x.shape == slot.shape
+            and x.stride() == slot.stride
+            and x.is_cpu
+        ):
+            slot.take(x, record.turn)
+            record.filled[self.index] = None
+            return
         key = (x.shape, x.stride(), x.device, record.samples, record.values)
         planned = self._plans.get(key)
         if planned is None:
             planned = self._plan(x, record)
             if planned is None:
-                return None
+                return
             if len(self._plans) >= _KEPT_PLANS:
                 self._plans.clear()
             self._plans[key] = planned
-        return read(self.index, x.detach() if x.requires_grad else x, planned[0], record.turn, planned[1])
+        record.readings.append(read(self.index, x, planned[0], record.turn, planned[1]))
+        if record.places is not None:
+            record.places.append(Place(self.index, x.shape, x.stride(), *planned))
 
     def _plan(self, x: torch.Tensor, record: Record) -> tuple[Plan, torch.Tensor] | None:
         if not self.point.takes(x):
@@ -153,6 +195,7 @@ class Taps:
         self._emit = emit
         self._open = _Open()
         self._turns = itertools.count()
+        self._no_slots: list[Slot | None] = []
         self._taps: list[_Tap] = []
         self._handles: list[Any] = []
         try:
@@ -174,6 +217,7 @@ class Taps:
 
     def _attach(self, model: nn.Module) -> None:
         self.points.extend(observation_points(model))
+        self._no_slots += [None] * len(self.points)
         for index, point in enumerate(self.points):
             tap = _Tap(index, point)
             self._taps.append(tap)
@@ -200,10 +244,7 @@ class Taps:
             elif record is not _IGNORED:
                 began = clock() if record.seconds else 0.0
                 try:
-                    x = args[0] if args else next(iter(kwargs.values()))
-                    reading = tap.read(x, record)
-                    if reading is not None:
-                        record.readings.append(reading)
+                    tap.read(args[0] if args else next(iter(kwargs.values())), record)
                 except Exception as error:  # noqa: BLE001 - whatever it is, the answer is not to be lost with it
                     _excuse(tap, error)
                 if began:
@@ -215,39 +256,78 @@ class Taps:
         """Read where a part of the model was called by itself."""
         if _looks_only():
             return
-        record = Record(None, next(self._turns), self.values)
+        record = Record(None, next(self._turns), self.values, self._no_slots)
         try:
-            x = args[0] if args else next(iter(kwargs.values()))
-            reading = tap.read(x, record)
+            tap.read(args[0] if args else next(iter(kwargs.values())), record)
         except Exception as error:  # noqa: BLE001 - see above
             _excuse(tap, error)
-        else:
-            if reading is not None:
-                record.readings.append(reading)
-                self._finish(record)
+        if record.readings:
+            self._finish(record)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del model
         if _looks_only():
             self._open.record = _IGNORED
             return
-        first = next((tensor for _, tensor in named_tensors((args, kwargs)) if tensor.ndim), None)
-        record = Record(None if first is None else len(first), next(self._turns), self.values)
+        began = time.perf_counter()
+        first = args[0] if args and type(args[0]) is torch.Tensor else None
+        if first is None or not first.ndim:
+            first = next((tensor for _, tensor in named_tensors((args, kwargs)) if tensor.ndim), None)
+        if first is None:
+            record = Record(None, next(self._turns), self.values, self._no_slots)
+        else:
+            workspaces = self._open.workspaces
+            key = first.shape, self.values
+            workspace = workspaces.get(key)
+            slots = self._no_slots if workspace is None else workspace.slots
+            record = Record(len(first), next(self._turns), self.values, slots)
+            record.workspace = workspace
+            if workspace is None and key not in workspaces:
+                record.places = []
         if record.turn % TIMED == 0:
-            record.seconds = time.perf_counter()
+            record.seconds = began
+            record.spent = time.perf_counter() - began
         self._open.record = record
 
-    def _end(self, model: nn.Module, args: object, output: object) -> None:
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Hand over the record; a forward that raised (its output is None) has seen no sample through."""
-        del model, args
+        del model
         record = self._open.record
         self._open.record = None
-        if record is not None and record.readings and output is not None:
+        if record is None or record is _IGNORED or output is None:
+            return
+        began = time.perf_counter()
+        if record.filled and record.workspace is not None:
+            self._sum_up(record)
+        elif record.places is not None and args:
+            self._lay_out(record, args)
+        if record.readings or record.sums:
+            record.spent += time.perf_counter() - began
             self._finish(record)
 
+    def _sum_up(self, record: Record) -> None:
+        """Sum up what was read into the workspace: all at once, if it is all that was read."""
+        workspace = record.workspace
+        if workspace is None:
+            return
+        if not record.readings and len(record.filled) == len(workspace.route):
+            record.sums = workspace.sums()
+        else:  # this forward took another way
+            record.readings += [workspace.reading(index) for index in record.filled]
+
+    def _lay_out(self, record: Record, args: tuple[Any, ...]) -> None:
+        """Make a workspace for forwards like this one, if they can have one."""
+        places, workspace = record.places or [], None
+        if len(places) > 1 and record.whole and fits(places):
+            workspace = Workspace(places, len(self.points), self._open.buffer())
+        if len(self._open.workspaces) >= _KEPT_PLANS:
+            self._open.workspaces.clear()
+        if isinstance(args[0], torch.Tensor):
+            self._open.workspaces[args[0].shape, record.values] = workspace
+
     def _finish(self, record: Record) -> None:
-        if record.readings[0].total.is_cuda:
-            record.ready = torch.cuda.Event()
+        if record.sums is None and record.readings[0].total.is_cuda:
+            record.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             record.ready.record()
         if record.seconds:
             record.seconds = time.perf_counter() - record.seconds
@@ -255,17 +335,27 @@ class Taps:
 
 
 class _Open(threading.local):
-    """The record of the forward that this thread is in; None outside of one."""
+    """What a thread has of its own: the record of the forward that it is in, its workspaces and their buffer."""
 
-    record: Record | None = None
+    def __init__(self) -> None:
+        self.record: Record | None = None
+        self.workspaces: dict[tuple[torch.Size, int | None], Workspace | None] = {}
+        self._buffer: torch.Tensor | None = None
+
+    def buffer(self) -> torch.Tensor:
+        """Return the buffer that the workspaces share; what is not written to takes no memory."""
+        if self._buffer is None:
+            with torch.inference_mode(mode=False):
+                self._buffer = torch.empty(MOST_VALUES, device="cpu")
+        return self._buffer
 
 
-_IGNORED = Record(0, 0, None)
+_IGNORED = Record(0, 0, None, [])
 
 
 def _looks_only() -> bool:
     """Tell whether a forward serves nobody: it is traced, or re-run to look into it."""
-    return is_tracing() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return is_tracing() or torch._C._get_tracing_state() is not None  # noqa: SLF001 - torch.jit.is_tracing is this
 
 
 def _excuse(tap: _Tap, error: Exception) -> None:

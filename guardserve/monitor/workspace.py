@@ -1,0 +1,148 @@
+"""Reading all layers of a small forward into one buffer, to sum them up together at its end.
+
+On a CPU an operation costs some microseconds however little it does, most of all between the layers of a model, where
+caches hold other things. So each layer only copies its cell, and the sums of all layers are taken at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from guardserve.monitor.reading import Plan, Reading, Rows
+
+MOST_VALUES = 2_000_000
+"""Values that a buffer holds at most, 8 MB; where more would be read, an operation more or less is no matter."""
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a layer read in a forward: what a workspace is laid out by."""
+
+    index: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    plan: Plan
+    anchor: torch.Tensor
+
+
+@dataclass(slots=True)
+class Slot:
+    """A layer's part of the buffer.
+
+    Attributes:
+        shape: Shape of the activations that it takes.
+        stride: Their strides.
+        plan: Their plan.
+        anchor: What is taken off them, shape ``(C,)``.
+        out: The part, ``(*positions, N, C)``.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    plan: Plan
+    anchor: torch.Tensor
+    out: torch.Tensor
+
+    def take(self, x: torch.Tensor, turn: int) -> None:
+        """Copy a cell of an activation."""
+        cell = self.plan.cell(turn)
+        view = x.as_strided(cell.turned_size, cell.turned_stride, x.storage_offset() + cell.offset)
+        torch.sub(view, self.anchor, out=self.out)
+
+
+class Sums(NamedTuple):
+    """What a forward's layers showed, summed up; see :class:`Reading`.
+
+    Attributes:
+        totals: For each number of positions, that many times the means of all layers that read so many.
+        squares: Likewise for the variances.
+    """
+
+    totals: list[torch.Tensor]
+    squares: list[torch.Tensor]
+
+
+class Workspace:
+    """The slots of all layers for forwards of one shape, in one thread.
+
+    Args:
+        places: Where the layers read, in the order in which they ran, each with the same number of samples.
+        layers: How many observation points there are.
+        buffer: Holds at least :data:`MOST_VALUES` values.
+
+    Attributes:
+        route: The layers, in the order in which they run.
+        samples: Number of samples.
+        slots: The slot of each observation point; None where there is none.
+    """
+
+    def __init__(self, places: Sequence[Place], layers: int, buffer: torch.Tensor) -> None:
+        self.route = tuple(place.index for place in places)
+        self.slots: list[Slot | None] = [None] * layers
+        self._groups: list[torch.Tensor] = []
+        self._counts: list[int] = []
+        by_count: dict[int, list[Place]] = {}
+        for place in places:
+            by_count.setdefault(place.plan.cell(0).count, []).append(place)
+        start = first = 0
+        columns: dict[int, tuple[int, int, int]] = {}
+        for count, members in by_count.items():
+            widths = [math.prod(place.plan.cell(0).size[:2]) for place in members]
+            group = buffer[start : start + count * sum(widths)].view(count, sum(widths))
+            start += group.numel()
+            self._groups.append(group)
+            self._counts.append(count)
+            for place, end in zip(members, itertools.accumulate(widths), strict=True):
+                size = place.plan.cell(0).size
+                part = group[:, end - math.prod(size[:2]) : end].view(*size[2:], *size[:2])
+                self.slots[place.index] = Slot(place.shape, place.stride, place.plan, place.anchor.flatten(), part)
+                columns[place.index] = (first + end - math.prod(size[:2]), size[0], size[1])
+            first += sum(widths)
+        self.samples = columns[self.route[0]][1]
+        order = [np.arange(at, at + n * c).reshape(n, c) for at, n, c in (columns[index] for index in self.route)]
+        self._order = np.concatenate(order, axis=1)
+        self._share = np.repeat([1 / count for count in self._counts], [group.shape[1] for group in self._groups])
+
+    def sums(self) -> Sums:
+        """Sum up what all slots hold; they may be filled again afterwards."""
+        totals, squares = [], []
+        for count, group in zip(self._counts, self._groups, strict=True):
+            if count == 1:
+                totals.append(group[0].clone())
+                squares.append(torch.zeros_like(totals[-1]))
+                continue
+            total = group.sum(0)
+            totals.append(total)
+            squares.append(group.sub_(total, alpha=1 / count).square_().sum(0))
+        return Sums(totals, squares)
+
+    def rows(self, sums: Sums) -> Rows:
+        """Return what a forward's layers showed, in the order in which they ran."""
+        mean, variance = ((torch.cat(part).numpy() * self._share.astype(np.float32))[self._order] for part in sums)
+        return Rows(mean, variance)
+
+    def reading(self, index: int) -> Reading:
+        """Sum up what one slot holds."""
+        slot = self.slots[index]
+        if slot is None:
+            raise ValueError(f"layer {index} has no slot")
+        count = slot.plan.cell(0).count
+        deviation = slot.out.flatten(0, -3) if slot.out.ndim > 2 else slot.out[None]  # noqa: PLR2004
+        total = deviation.sum(0)
+        squares = (deviation - total / count).square().sum(0)
+        return Reading(index, total, squares if count > 1 else None, count)
+
+
+def fits(places: Sequence[Place]) -> bool:
+    """Tell whether the layers of a forward can share a buffer: small, on the CPU, in float32, with uniform cells."""
+    return sum(math.prod(place.plan.cell(0).size) for place in places) <= MOST_VALUES and all(
+        place.plan.uniform and place.anchor.device.type == "cpu" and place.anchor.dtype is torch.float32
+        for place in places
+    )
