@@ -134,7 +134,7 @@ def changes_state(subject: Subject) -> Iterator[Hit | Gap]:
     Found: by comparing parameters, buffers and other attributes of modules before and after each forward in eval mode,
     and by asking a model again after another request, beside a fresh copy that is asked the same. Running statistics
     that change are an error, and whatever else changes if the answer does; else a buffer or parameter, such as a
-    counter, is an info.
+    counter, is an info. A fresh copy that does not repeat its own answer is a warning: the state is elsewhere.
 
     Remedy: update statistics only ``if self.training``; pass states in and out instead of keeping them; trace or export
     again after ``eval()``.
@@ -150,6 +150,9 @@ def changes_state(subject: Subject) -> Iterator[Hit | Gap]:
     others = [name for name in probes.changed if name not in statistics]
     for owner, attributes in _by_owner(statistics):
         yield Hit(subject.prefix + owner, f"a forward in eval mode changed {join(attributes)}")
+    if probes.unsteady:
+        why = "it keeps a state outside its modules, or draws random numbers of its own, and no copy or seed repeats it"
+        yield Hit("", f"the same model, input and seed do not give the same answer: {probes.unsteady}", "warning", why)
     if probes.carried is None:
         state = {**dict(subject.inner.named_parameters()), **dict(subject.inner.named_buffers())}
         for owner, attributes in _by_owner([name for name in others if name in state]):

@@ -16,7 +16,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from guardserve.audit.copies import NotCopyableError
 from guardserve.audit.flow import Flow, fx_flow, script_flow, traced_flow
 from guardserve.audit.layers import NormLayer, module_layers, module_weights, state_layers, state_weights
-from guardserve.audit.probes import NotRunnableError, Probes, run_probes
+from guardserve.audit.prober import run_probes
+from guardserve.audit.probes import NotRunnableError, Probes
 from guardserve.audit.workbench import workbench
 from guardserve.batchnorm import FusedBatchNorm
 from guardserve.graphs import GraphNorm, graph_norms

@@ -497,6 +497,21 @@ def test_bn103_sees_state_that_no_attribute_shows() -> None:
     assert (finding.severity, "what it left behind was not seen" in finding.message) == ("error", True)
 
 
+def test_bn103_a_state_outside_the_model_is_a_warning() -> None:
+    """A fresh copy has it too, and differs from itself; whether it is memory or chance cannot be told."""
+    seen: list[float] = []
+
+    class Shared(Stateful):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(float(x.mean()))
+            y: torch.Tensor = self.linear(x) + sum(seen)
+            return y
+
+    (finding,) = hits(audit(Shared().eval(), ROWS), "BN103")
+    assert finding.severity == "warning"
+    assert "the same model, input and seed do not give the same answer" in finding.message
+
+
 class Cached(Stateful):
     """Keeps what depends on the shape of the input alone, and a copy of the last input that nothing reads."""
 
