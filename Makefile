@@ -1,6 +1,7 @@
 # make demo   venv, install, and the main job on the embedded model (ARGS=--once ends by itself)
 # make test   venv, everything the tests need, then the tests (ARGS="-k guard" to choose)
 # make image-test   builds the image with buildah and runs it; as root
+# make docs-pictures   the pictures in docs/pictures, from a real run
 # make lint   ruff          make types   mypy          make check   lint, types and tests
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 ARGS   ?=
 
-.PHONY: demo test image-test lint types format check install clean
+.PHONY: demo test image-test docs-pictures lint types format check install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/guardserve demo $(ARGS)
@@ -20,6 +21,10 @@ test: $(VENV)/.test
 
 image-test: $(VENV)/.test
 	$(BIN)/python -m pytest -m image tests/test_image.py $(ARGS)
+
+docs-pictures: $(VENV)/.test
+	$(PIP) --group docs
+	$(BIN)/python docs/pictures/make.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
