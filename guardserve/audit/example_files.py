@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from guardserve.audit.layers import module_weights
 from guardserve.exceptions import InputError
 from guardserve.loading.files import reason
 
@@ -58,12 +59,12 @@ def _tensor(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def fitted(example: Any, model: nn.Module) -> tuple[Any, str]:
-    """Convert floating-point inputs to the type of the model's parameters: files mostly hold numpy's float64.
+    """Convert floating-point inputs to the type of the model's weights: files mostly hold numpy's float64.
 
     Returns:
         The example, and what was converted, in words; empty when nothing was.
     """
-    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    types = {weight.dtype for _, weight in module_weights(model) if weight.is_floating_point()}
     leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
     others = {leaf.dtype for leaf in leaves} - types
     if len(types) != 1 or not others:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from audit.models import Tabular, convolutional, noise, settled
+from audit.programs import frozen
 from torch import nn
 
 from guardserve.audit import audit
@@ -43,6 +44,7 @@ def test_floating_point_inputs_take_the_type_of_the_parameters() -> None:
     model, _ = convolutional()
     rows, note = fitted(torch.ones(2, 3, 12, 12, dtype=torch.float64), model)
     assert (rows.dtype, note) == (torch.float32, "converted from float64 to float32")
+    assert fitted(rows.double(), frozen(model))[0].dtype == torch.float32
     named = {"x": torch.ones(2, 5), "category": torch.arange(2)}
     assert fitted(named, Tabular()) == (named, "")
     converted, note = fitted({"x": torch.ones(2, 5).double(), "category": torch.arange(2)}, Tabular().half())
