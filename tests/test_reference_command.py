@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.numpy import save_file
 
 from guardserve.cli import main
 from guardserve.demo.digits import SHIFTS, Digits, load_digits
-from guardserve.exceptions import ReferenceMismatchError, ReferenceProfileError
+from guardserve.exceptions import MissingExtraError, ReferenceMismatchError, ReferenceProfileError
 from guardserve.loading import load_model
 from guardserve.loading.arrays import load_batches
+from guardserve.loading.images import load_images
 from guardserve.metrics import Metrics
 from guardserve.monitor import ReferenceProfile
 from guardserve.runtime import Runtime
@@ -145,3 +148,71 @@ def test_the_command_fails_before_it_runs_the_model_when_it_cannot_write(tmp_pat
     assert status == 1
     assert "4 finite samples: give at least 100" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clean.npy"]
+
+
+def grey(folder: Path, images: torch.Tensor) -> None:
+    """Write images, pixels from 0 to 1, as grey PNG files."""
+    folder.mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray((image[0] * 255).round().byte().numpy()).save(folder / f"{index:04}.png")
+
+
+def test_a_folder_of_images_gives_batches_in_the_order_of_names(tmp_path: Path, digits: Digits) -> None:
+    """Pixels are scaled, shifted and divided as asked; folders within count; what is no image is passed over."""
+    images = digits.reference.images[:40]
+    grey(tmp_path / "clean", images)
+    (tmp_path / "clean" / "notes.txt").write_text("not an image")
+    grey(tmp_path / "clean" / "more", images[:3])
+    batches = load_images(tmp_path / "clean", IMAGE, mean=[0.5], std=[0.25])
+    parts = torch.cat(list(batches))
+    assert len(batches) == 43
+    assert torch.allclose(parts[:40], (images - 0.5) / 0.25, atol=4 / 255)
+    assert torch.equal(parts[40:], parts[:3])
+    free = TensorSpec("image", torch.float32, (-1, 3, -1, -1))
+    resized = next(iter(load_images(tmp_path / "clean", free, size=16, mean=[0, 0, 1])))
+    assert resized.shape == (32, 3, 16, 16)
+    assert torch.allclose(resized[:, 2], resized[:, 0] - 1)
+    fixed = load_images(tmp_path / "clean", TensorSpec("image", torch.float32, (8, 1, 8, 8)))
+    assert {len(part) for part in fixed} == {8}
+
+
+def test_images_that_do_not_fit_are_refused_with_the_reason(tmp_path: Path) -> None:
+    """An empty folder, a broken file, an input of another kind, no size, too many numbers."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    free = TensorSpec("image", torch.float32, (-1, 3, -1, -1))
+    flat = TensorSpec("x", torch.float32, (-1, 10))
+    for folder, spec, options, reason in (
+        ("empty", IMAGE, {}, "has no image"),
+        ("broken", IMAGE, {}, r"a\.png cannot be read as an image"),
+        ("broken", flat, {}, "give the samples as an array"),
+        ("broken", free, {}, "give the size that requests in production have"),
+        ("broken", IMAGE, {"size": 9}, "takes images of 8 x 8"),
+        ("broken", free, {"size": 9, "mean": [1, 2]}, "mean has 2 numbers"),
+        ("broken", IMAGE, {"std": [0]}, "give positive numbers"),
+    ):
+        with pytest.raises(ReferenceProfileError, match=reason):
+            list(load_images(tmp_path / folder, spec, **options))
+
+
+def test_without_pillow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays need nothing more; images need an extra."""
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(MissingExtraError, match=r"guardserve\[images\]"):
+        load_images(tmp_path, IMAGE)
+
+
+def test_the_command_takes_a_folder_and_a_sequence(tmp_path: Path, digits: Digits) -> None:
+    """The same digits as images, taken as ordered: a profile that says so; options of images are for folders."""
+    grey(tmp_path / "clean", digits.reference.images)
+    out = tmp_path / "p.safetensors"
+    status, text = run("reference", "demo", "--data", tmp_path / "clean", "--out", out, "--ordered", "--image-std", "1")
+    assert status == 0, text
+    assert "451 samples, taken as a sequence, 5 BatchNorm layers" in text
+    assert ReferenceProfile.load(out).ordered
+    status, text = run("reference", "demo", "--data", tmp_path / "clean", "--out", out, "--image-mean", "a,b")
+    assert (status, "--image-mean is 'a,b'" in text) == (1, True)
+    np.save(tmp_path / "clean.npy", digits.reference.images.numpy())
+    status, text = run("reference", "demo", "--data", tmp_path / "clean.npy", "--out", out, "--image-size", "8")
+    assert (status, "clean.npy is no folder of images" in text) == (1, True)

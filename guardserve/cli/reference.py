@@ -14,15 +14,17 @@ from rich.progress import Progress
 from guardserve.cli.options import Command, loading_options
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.loading import load_model
-from guardserve.loading.arrays import load_batches
+from guardserve.loading.arrays import ArrayBatches, load_batches
+from guardserve.loading.images import ImageBatches, load_images
 from guardserve.monitor import ReferenceProfile, ReferenceWarning
 from guardserve.monitor.reference import CARRIED
 from guardserve.settings import load_settings
+from guardserve.signature import TensorSpec
 
 
 @click.command(cls=Command)
 @click.argument("model")
-@click.option("--data", required=True, type=Path, help="Clean samples: .npy, .npz or .safetensors.")
+@click.option("--data", required=True, type=Path, help="Clean samples: .npy, .npz, .safetensors or a folder of images.")
 @click.option("--out", required=True, type=Path, help="The reference profile to write, a .safetensors file.")
 @click.option(
     "--target-arl",
@@ -31,19 +33,34 @@ from guardserve.settings import load_settings
     show_default=True,
     help="Samples between false alarms for which to measure; serve may ask for any other.",
 )
+@click.option("--ordered", is_flag=True, help="The samples are a sequence, such as the frames of a video.")
+@click.option("--image-size", type=click.IntRange(1), help="Height and width of images, if the model takes any.")
+@click.option("--image-mean", default="", help="Taken off pixels from 0 to 1: a number, or one a channel, with commas.")
+@click.option("--image-std", default="", help="What they are then divided by.")
 @loading_options
-def reference(model: str, data: Path, out: Path, target_arl: float, **options: Any) -> None:
+def reference(
+    model: str,
+    data: Path,
+    out: Path,
+    target_arl: float,
+    ordered: bool,
+    **options: Any,
+) -> None:
     """Make a reference profile of MODEL from clean samples, for serve --reference.
 
-    The samples are those of production on a good day, prepared as requests are, independent of each other, in an
-    array whose first axis counts them; better 1,000 or more. MODEL, with one input, is as for guardserve serve.
+    The samples are those of production on a good day, prepared as requests are, in an array whose first axis counts
+    them, or images; better 1,000 or more. Unless --ordered says otherwise, they are independent of each other. MODEL,
+    with one input, is as for guardserve serve.
 
     \b
-    Example:
+    Examples:
       guardserve reference shop.models:resnet --weights resnet.safetensors --data clean.npy --out profile.safetensors
+      guardserve reference shop.models:resnet --weights resnet.safetensors --data photos/ --out profile.safetensors \\
+        --image-size 224 --image-mean 0.485,0.456,0.406 --image-std 0.229,0.224,0.225
 
     The report tells how often the detector was wrong on samples that took no part in making the profile.
     """  # noqa: D301 - click reads the escape, it is not a literal backslash
+    images = {name: options.pop(name) for name in ("image_size", "image_mean", "image_std")}
     settings = load_settings(**{name: value for name, value in options.items() if value not in (None, ())})
     loaded = load_model(
         model,
@@ -57,7 +74,7 @@ def reference(model: str, data: Path, out: Path, target_arl: float, **options: A
         raise ReferenceProfileError(
             f"{model} has {len(loaded.inputs)} inputs: use ReferenceProfile.fit, whose loader may give mappings"
         )
-    batches = load_batches(data, loaded.inputs[0])
+    batches = _open(data, loaded.inputs[0], **images)
     if not out.parent.is_dir():
         raise ReferenceProfileError(f"{out.parent} is no folder: make it first")
     console = Console()
@@ -68,16 +85,38 @@ def reference(model: str, data: Path, out: Path, target_arl: float, **options: A
             loaded.module,
             batches,
             target_arl=target_arl,
+            ordered=ordered,
             progress=lambda stage, samples: progress.update(task, description=stage, completed=samples),
         )
     profile.save(out)
     console.print(_report(profile, out), soft_wrap=True, highlight=False)
 
 
+def _open(
+    data: Path, spec: TensorSpec, image_size: int | None, image_mean: str, image_std: str
+) -> ArrayBatches | ImageBatches:
+    if data.is_dir():
+        mean, std = _numbers("mean", image_mean), _numbers("std", image_std)
+        return load_images(data, spec, size=image_size, mean=mean, std=std)
+    if image_size is not None or image_mean or image_std:
+        raise ReferenceProfileError(
+            f"{data} is no folder of images: --image-size, --image-mean and --image-std are for those"
+        )
+    return load_batches(data, spec)
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if text]
+    except ValueError as error:
+        raise ReferenceProfileError(f"--image-{name} is {text!r}: give numbers, such as 0.485,0.456,0.406") from error
+
+
 def _report(profile: ReferenceProfile, path: Path) -> str:
     measured = profile.measured_arl
+    sequence = ", taken as a sequence" if profile.ordered else ""
     lines = [
-        f"{path}: {profile.samples} samples, {len(profile.layers)} BatchNorm layers",
+        f"{path}: {profile.samples} samples{sequence}, {len(profile.layers)} BatchNorm layers",
         f"asked for   one false alarm in {profile.target_arl:,.0f} samples",
         f"measured    one in {measured.mean:,.0f} on samples that took no part",
         f"            (95 % interval {measured.low:,.0f} to {measured.high:,.0f})",
