@@ -6,7 +6,8 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -36,8 +37,7 @@ class ProbeError(GuardserveError):
     """The model failed its first forward."""
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(NamedTuple):
     """What one forward gave.
 
     Attributes:

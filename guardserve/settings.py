@@ -50,6 +50,24 @@ class ServeSettings(BaseSettings):
     on_hazard: Literal["raise", "warn"] = Field(
         "raise", description="Refuse a model that eval mode cannot fix, or warn, count it and go on."
     )
+    on_nonfinite: Literal["error", "flag"] = Field(
+        "error",
+        description="Answer NaN or infinity in an output with an error, or send it and say so in the answer's "
+        "parameters. A request's parameter guardserve_on_nonfinite overrides it.",
+    )
+    api_key_file: Path | None = Field(
+        None, description="File of API keys, one a line: each a key or sha256: and its hexadecimal hash."
+    )
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="API keys; in the environment, where other users cannot see them, separated by spaces."
+    )
+    allow_anonymous: bool = Field(
+        default=False, description="Serve without API keys also where other machines can reach the server."
+    )
+    protect_metrics: bool = Field(default=False, description="Ask for an API key at /metrics too.")
+    protect_health: bool = Field(default=False, description="Ask for an API key at /v2/health too.")
+    ssl_certfile: Path | None = Field(None, description="Certificate to serve HTTPS with, in PEM form.")
+    ssl_keyfile: Path | None = Field(None, description="The certificate's private key, if it is in another file.")
     max_batch_size: int = Field(64, ge=1, description="Most rows of one forward, and of one request.")
     max_queue_size: int = Field(
         256, ge=1, description="Most requests that wait for a forward; more are refused at once with 503."
@@ -99,8 +117,12 @@ class ServeSettings(BaseSettings):
     threads: int | None = Field(None, ge=1, description="Threads of one forward on the CPU; by default torch's choice.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log to write.")
     log_format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object each.")
+    traces: bool = Field(
+        default=False,
+        description="Send OpenTelemetry traces, as its own OTEL_ environment variables say; needs the extra otel.",
+    )
 
-    @field_validator("input_shape", "input_dtype", mode="before")
+    @field_validator("input_shape", "input_dtype", "api_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """In the environment several values are separated by spaces."""

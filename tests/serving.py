@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -49,14 +50,22 @@ def serving(module: nn.Module, *inputs: TensorSpec, **limits: Any) -> Iterator[h
 
 
 @contextmanager
-def command(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Iterator[str]:
-    """Run ``guardserve`` with a free port until the block ends; give its URL once it is ready."""
+def command(
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    verify: ssl.SSLContext | None = None,
+) -> Iterator[str]:
+    """Run ``guardserve`` with a free port until the block ends; give its URL once it is ready.
+
+    It is an https one if there is a context to verify that with.
+    """
     port = free_port()
     program = Path(sys.executable).with_name("guardserve")
     process = subprocess.Popen([program, *arguments, "--port", str(port)], env=env, cwd=cwd)
-    url = f"http://127.0.0.1:{port}"
+    url = f"{'http' if verify is None else 'https'}://127.0.0.1:{port}"
     try:
-        wait_until(lambda: process.poll() is not None or is_ready(url))
+        wait_until(lambda: process.poll() is not None or is_ready(url, verify))
         if process.poll() is not None:
             raise RuntimeError(f"guardserve ended with status {process.returncode}")
         yield url
@@ -65,10 +74,11 @@ def command(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path | N
         process.wait(TIMEOUT)
 
 
-def is_ready(url: str) -> bool:
+def is_ready(url: str, verify: ssl.SSLContext | None = None) -> bool:
     """Tell whether a server answers that it is ready."""
     try:
-        return httpx.get(f"{url}/v2/health/ready", trust_env=False).status_code == httpx.codes.OK
+        context = True if verify is None else verify
+        return httpx.get(f"{url}/v2/health/ready", trust_env=False, verify=context).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -12,15 +13,17 @@ import uvicorn
 
 from guardserve.audit import audit
 from guardserve.cli.options import Command, settings_options
-from guardserve.exceptions import GuardserveError
+from guardserve.exceptions import GuardserveError, SettingsError
 from guardserve.loading import load_model
 from guardserve.logs import configure_logs
 from guardserve.monitor import ReferenceProfile
 from guardserve.runtime import Runtime, fuse_loaded
+from guardserve.service.access import Access, is_loopback, read_keys
 from guardserve.service.app import create_app
 from guardserve.service.limits import Limits
 from guardserve.service.server import Server
-from guardserve.settings import load_settings
+from guardserve.settings import ENV_PREFIX, ServeSettings, load_settings
+from guardserve.traces import traced
 
 
 @click.command(cls=Command)
@@ -56,6 +59,7 @@ def serve(model: str, **options: Any) -> None:
     configure_logs(settings.log_level, settings.log_format)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    access = _access(settings)
     loaded = load_model(
         model,
         weights=settings.weights,
@@ -81,23 +85,39 @@ def serve(model: str, **options: Any) -> None:
         runtime,
         model_version=settings.model_version,
         limits=Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)}),
+        access=access,
+        on_nonfinite=settings.on_nonfinite,
         shutdown_timeout=settings.shutdown_timeout,
         findings=findings,
-    )
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level=settings.log_level,
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=settings.shutdown_timeout,
     )
     # what is there now stays: looking through all of torch for garbage again and again would hold requests up
     gc.collect()
     gc.freeze()
-    server = Server(config, app.life, settings.drain_delay)
-    server.run()
+    with traced(app) if settings.traces else nullcontext(app) as served:
+        config = uvicorn.Config(
+            served,
+            host=settings.host,
+            port=settings.port,
+            log_level=settings.log_level,
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=settings.shutdown_timeout,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+        )
+        server = Server(config, app.life, settings.drain_delay)
+        server.run()
     if not server.started:
         raise GuardserveError(f"the server did not start on {settings.host}:{settings.port}")
+
+
+def _access(settings: ServeSettings) -> Access:
+    """Read the API keys, and insist on some where others can reach the server."""
+    keys = [*settings.api_keys, *(read_keys(settings.api_key_file) if settings.api_key_file is not None else ())]
+    if not keys and not settings.allow_anonymous and not is_loopback(settings.host):
+        raise SettingsError(
+            f"--host {settings.host} can be reached from other machines, and there is no API key: give --api-key-file "
+            f"(or {ENV_PREFIX}API_KEYS), or say --allow-anonymous"
+        )
+    return Access(keys, protect_metrics=settings.protect_metrics, protect_health=settings.protect_health)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -29,8 +28,7 @@ class DeviceError(GuardserveError):
     """The device reported an error of its own, after which it may answer nothing any more."""
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What came of a request.
 
     Attributes:

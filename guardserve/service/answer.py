@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import orjson
+from starlette.types import Send
 
 from guardserve.engine import DeviceError, ForwardTimeoutError, OutOfMemoryError, QueueFullError
 from guardserve.exceptions import InputError, ModelOutputError, NonFiniteOutputError, TrainingModeError
@@ -23,8 +24,7 @@ RETRY_AFTER: Headers = ((b"retry-after", b"1"),)
 """Sent with what a moment may cure."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """An answer ready to be sent.
 
     Attributes:
@@ -38,6 +38,12 @@ class Answer:
     body: bytes
     headers: Headers
     reason: str | None = None
+
+    async def send(self, send: Send) -> None:
+        """Send it."""
+        headers = [*self.headers, (b"content-length", b"%d" % len(self.body))]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body})
 
 
 def refusal(status: int, reason: str, error: str, headers: Headers = ()) -> Answer:

@@ -16,9 +16,11 @@ from guardserve.audit.report import Finding
 from guardserve.metrics import Metrics
 from guardserve.page.endpoints import Page
 from guardserve.runtime import Runtime
+from guardserve.service.access import CHALLENGE, Access
+from guardserve.service.answer import refusal
 from guardserve.service.endpoints import ProtocolEndpoints, error_response, metrics_router
 from guardserve.service.gateway import Gateway
-from guardserve.service.inference import Inference
+from guardserve.service.inference import Inference, OnNonFinite
 from guardserve.service.life import Life, closing
 from guardserve.service.limits import Limits
 from guardserve.traffic import Traffic
@@ -27,15 +29,20 @@ from guardserve.watch import Watch
 _log = logging.getLogger(__name__)
 
 
+UNAUTHORIZED = refusal(401, "unauthorized", "this server needs an API key: send Authorization: Bearer KEY", CHALLENGE)
+
+
 class Service(FastAPI):
     """The application: FastAPI for everything but the inference requests of the model, which go past it.
 
     Attributes:
         life: Where the server stands; whoever stops it says so here.
+        access: Who may ask.
         inference: The paths of inference requests, and what answers them.
     """
 
     life: Life
+    access: Access
     inference: tuple[frozenset[str], Gateway]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,6 +50,9 @@ class Service(FastAPI):
         if scope["type"] == "http":
             if self.life.closing:
                 send = closing(send)
+            if not self.access.allows(scope):
+                await UNAUTHORIZED.send(send)
+                return
             paths, gateway = self.inference
             if scope["path"] in paths and scope["method"] == "POST":
                 await gateway(scope, receive, send)
@@ -55,6 +65,8 @@ def create_app(
     *,
     model_version: str = "1",
     limits: Limits | None = None,
+    access: Access | None = None,
+    on_nonfinite: OnNonFinite = "error",
     shutdown_timeout: float = 30.0,
     findings: Sequence[Finding] = (),
 ) -> Service:
@@ -66,13 +78,16 @@ def create_app(
         runtime: The model to serve, not yet started.
         model_version: The model's version in URLs.
         limits: What is accepted.
+        access: Who may ask; by default everybody.
+        on_nonfinite: Whether NaN or infinity in an output is an ``"error"`` or is sent and told (``"flag"``), where the
+            request does not say.
         shutdown_timeout: Seconds to finish accepted requests in when it stops.
         findings: What the audit found in the model, for the page to show.
     """
     metrics = Metrics(runtime)
     limits = limits or Limits()
     life = Life()
-    inference = Inference(runtime, metrics, limits, model_version)
+    inference = Inference(runtime, metrics, limits, model_version, on_nonfinite)
     gateway = Gateway(inference, metrics, limits)
     watch = Watch(runtime, lambda: Traffic.of(metrics))
 
@@ -94,6 +109,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.life = life
+    app.access = access or Access()
     endpoints = ProtocolEndpoints(runtime, gateway, life, model_version=model_version)
     app.inference = endpoints.infer_paths, gateway
     app.include_router(endpoints.router())

@@ -23,6 +23,8 @@ BINARY_ONLY = frozenset({torch.float16, torch.bfloat16})
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
+_NONFINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 
 # The numpy type with the same bytes. numpy has no bfloat16, and bytes off the wire are not yet known to be booleans.
@@ -106,16 +108,22 @@ def decode_json(data: object, dtype: torch.dtype, shape: Sequence[int]) -> torch
     return torch.from_numpy(_to_array(values, dtype).reshape(shape))
 
 
-def encode_json(tensor: torch.Tensor) -> Array:
-    """Return a tensor's values, flat in row-major order, as an array that orjson can write.
+def encode_json(tensor: torch.Tensor, *, nonfinite_strings: bool = False) -> Array | list[float | str]:
+    """Return a tensor's values, flat in row-major order, in a form that orjson can write.
+
+    Args:
+        tensor: The tensor.
+        nonfinite_strings: Whether "NaN", "Infinity" and "-Infinity" stand for what JSON cannot express.
 
     Raises:
-        ValueError: A value is NaN or infinite, which JSON cannot express.
+        ValueError: A value is NaN or infinite, and is not to be a string.
     """
     values = _flat(tensor)
-    if not np.isfinite(values).all():
+    if np.isfinite(values).all():
+        return values
+    if not nonfinite_strings:
         raise ValueError("a value is NaN or infinite, which JSON cannot express")
-    return values
+    return [value if math.isfinite(value) else _NONFINITE[str(value)] for value in values.tolist()]
 
 
 def _flat(tensor: torch.Tensor) -> Array:

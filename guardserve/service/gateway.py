@@ -48,9 +48,7 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         answer = await self.counted(self._answer(scope, receive))
-        headers = [*answer.headers, (b"content-length", b"%d" % len(answer.body))]
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        await send({"type": "http.response.body", "body": answer.body})
+        await answer.send(send)
 
     async def counted(self, answering: Awaitable[Answer]) -> Answer:
         """Await the answer to an inference request, and count it."""

@@ -9,11 +9,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from reprlib import repr as shown
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
-from guardserve.engine import Engine, Job
+from guardserve.engine import Engine, Job, Result
 from guardserve.exceptions import GuardserveError
 from guardserve.metrics import Metrics
 from guardserve.runtime import Runtime
@@ -35,6 +37,22 @@ PATROL_INTERVAL = 0.05
 
 MICROSECOND = 1e-6
 
+OnNonFinite: TypeAlias = Literal["error", "flag"]
+POLICIES = ("error", "flag")
+
+# parameters of requests and answers that are not the protocol's
+ON_NONFINITE = "guardserve_on_nonfinite"
+NONFINITE_STRINGS = "guardserve_nonfinite_strings"
+NONFINITE = "guardserve_nonfinite"
+
+NOTHING: Mapping[str, object] = MappingProxyType({})
+
+OUTCOMES: Mapping[Outcome, Answer] = {
+    "done": refusal(500, "internal", "the request was lost"),
+    "gone": refusal(CLIENT_CLOSED_REQUEST, "disconnected", "the client has gone"),
+    "expired": refusal(504, "timeout", "the request's time was over before the model had answered"),
+}
+
 _log = logging.getLogger(__name__)
 
 
@@ -43,8 +61,10 @@ class Pending(Job):
 
     __slots__ = ("arrived", "deadline", "outcome", "receive", "watch")
 
-    def __init__(self, inputs: Sequence[torch.Tensor], receive: Receive, deadline: float | None) -> None:
-        super().__init__(inputs)
+    def __init__(
+        self, inputs: Sequence[torch.Tensor], receive: Receive, deadline: float | None, *, allow_nonfinite: bool
+    ) -> None:
+        super().__init__(inputs, allow_nonfinite=allow_nonfinite)
         self.arrived = time.monotonic()
         self.deadline = deadline
         self.receive = receive
@@ -68,10 +88,14 @@ class Inference:
         metrics: Where what happens is counted.
         limits: What is accepted.
         model_version: What answers call the model's version.
+        on_nonfinite: What to do about non-finite outputs where a request does not say.
     """
 
-    def __init__(self, runtime: Runtime, metrics: Metrics, limits: Limits, model_version: str) -> None:
+    def __init__(
+        self, runtime: Runtime, metrics: Metrics, limits: Limits, model_version: str, on_nonfinite: OnNonFinite
+    ) -> None:
         self._runtime = runtime
+        self._on_nonfinite = on_nonfinite
         self._metrics = metrics
         self._limits = limits
         self._model_version = model_version
@@ -117,7 +141,10 @@ class Inference:
             return refusal(503, "not_ready", f"the model is not ready: {self._runtime.failure}", RETRY_AFTER)
         small = len(body) <= SMALL and b"content-encoding" not in headers
         try:
-            request = await self._work(functools.partial(self._read, body, headers), here=small)
+            if small:
+                request = self._read(body, headers)
+            else:
+                request = await self._aside(functools.partial(self._read, body, headers))
             job = self._submit(request, receive)
         except GuardserveError as error:
             return failure(error, self._runtime.name)
@@ -125,21 +152,18 @@ class Inference:
             outcome = await job.outcome
         finally:
             self._forget(job)
-        if outcome == "gone":
-            return refusal(CLIENT_CLOSED_REQUEST, "disconnected", "the client has gone")
-        if outcome == "expired" or job.result is None:
-            return refusal(504, "timeout", "the request's time was over before the model had answered")
-        if job.result.error is not None:
-            return failure(job.result.error, self._runtime.name)
-        outputs = job.result.outputs
-        small = sum(tensor.numel() for tensor in outputs.values()) * 8 <= SMALL
-        return await self._work(functools.partial(self._write, outputs, request), here=small)
+        if outcome != "done" or job.result is None:
+            return OUTCOMES[outcome]
+        result = job.result
+        if result.error is not None:
+            return failure(result.error, self._runtime.name)
+        write = functools.partial(self._write, result, request)
+        large = sum([tensor.nbytes for tensor in result.outputs.values()]) > SMALL
+        return await self._aside(write) if large else write()
 
-    async def _work(self, function: Callable[[], T], *, here: bool) -> T:
+    async def _aside(self, function: Callable[[], T]) -> T:
         """Call a function that takes long where it keeps nobody waiting."""
-        if here or self._loop is None:
-            return function()
-        return await self._loop.run_in_executor(self._coder, function)
+        return await asyncio.get_running_loop().run_in_executor(self._coder, function)
 
     def _read(self, body: bytes, headers: Mapping[bytes, bytes]) -> InferRequest:
         encoding = headers.get(b"content-encoding")
@@ -150,19 +174,30 @@ class Inference:
         length = headers.get(b"inference-header-content-length")
         return self._reader.read(body, None if length is None else length.decode("latin-1"))
 
-    def _write(self, outputs: Mapping[str, torch.Tensor], request: InferRequest) -> Answer:
+    def _write(self, result: Result, request: InferRequest) -> Answer:
+        found = "; ".join(map(str, result.nonfinite))
+        strings = json_member(request.parameters, NONFINITE_STRINGS, bool, "the request's parameters") or False
         try:
             body, headers = render_response(
-                outputs, request, model_name=self._runtime.name, model_version=self._model_version
+                result.outputs,
+                request,
+                model_name=self._runtime.name,
+                model_version=self._model_version,
+                parameters={NONFINITE: found} if found else NOTHING,
+                nonfinite_strings=strings,
             )
         except ProtocolError as error:
             return failure(error, self._runtime.name)
+        except ValueError:  # the model gave what JSON lacks, and the client has not said how to write it
+            hint = f"ask for it in binary, or for strings with the parameter {NONFINITE_STRINGS}"
+            return refusal(500, "nonfinite_output", f"the model gave a non-finite output: {found}; {hint}")
         return Answer(200, body, [(name.encode(), value.encode()) for name, value in headers.items()])
 
     def _submit(self, request: InferRequest, receive: Receive) -> Pending:
         loop = asyncio.get_running_loop()
         timeout, own = self._timeout(request)
-        job = Pending(list(request.inputs.values()), receive, None if timeout is None else time.monotonic() + timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        job = Pending(list(request.inputs.values()), receive, deadline, allow_nonfinite=self._flags(request))
         self._engine.submit(job)
         self._pending[job] = None
         if own and timeout is not None:
@@ -185,6 +220,13 @@ class Inference:
             raise ProtocolError(f"timeout of the request's parameters is {micros}, not a number of microseconds")
         seconds = micros * MICROSECOND
         return (seconds, True) if default is None or seconds < default else (default, False)
+
+    def _flags(self, request: InferRequest) -> bool:
+        """Tell whether non-finite outputs are to be sent, and told of."""
+        policy = request.parameters.get(ON_NONFINITE, self._on_nonfinite)
+        if policy not in POLICIES:
+            raise ProtocolError(f"{ON_NONFINITE} of the request's parameters is {shown(policy)}, not error or flag")
+        return policy == "flag"
 
     def _hand_over(self) -> None:
         """Wake the engine once a round of the loop has brought nothing new."""

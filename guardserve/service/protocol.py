@@ -37,6 +37,7 @@ def render_response(
     model_name: str,
     model_version: str | None = None,
     parameters: Mapping[str, object] = MappingProxyType({}),
+    nonfinite_strings: bool = False,
 ) -> tuple[bytes, dict[str, str]]:
     """Write the response to a request.
 
@@ -46,6 +47,7 @@ def render_response(
         model_name: Name of the model.
         model_version: Version of the model, if it has any.
         parameters: Parameters of the response.
+        nonfinite_strings: Whether JSON has "NaN", "Infinity" and "-Infinity" for what it cannot express.
 
     Returns:
         The body and its HTTP headers.
@@ -60,7 +62,7 @@ def render_response(
         if wanted.name not in outputs:
             raise unknown_output(wanted.name, outputs)
         binary = request.binary_output if wanted.binary is None else wanted.binary
-        entries.append(_render_output(wanted.name, outputs[wanted.name], tail if binary else None))
+        entries.append(_render_output(wanted.name, outputs[wanted.name], tail if binary else None, nonfinite_strings))
     response = {
         "model_name": model_name,
         **({} if model_version is None else {"model_version": model_version}),
@@ -74,7 +76,9 @@ def render_response(
     return b"".join([head, *tail]), {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
 
 
-def _render_output(name: str, tensor: torch.Tensor, tail: list[memoryview] | None) -> dict[str, object]:
+def _render_output(
+    name: str, tensor: torch.Tensor, tail: list[memoryview] | None, nonfinite_strings: bool
+) -> dict[str, object]:
     """Describe an output, with its data in JSON or, if there is a tail, appended to that."""
     datatype = datatype_name(tensor.dtype)
     entry: dict[str, object] = {"name": name, "shape": list(tensor.shape), "datatype": datatype}
@@ -84,7 +88,7 @@ def _render_output(name: str, tensor: torch.Tensor, tail: list[memoryview] | Non
     if tensor.dtype in BINARY_ONLY:
         raise ProtocolError(f"output {name!r} is {datatype}, which has no JSON form: ask for it with binary_data true")
     try:
-        return {**entry, "data": encode_json(tensor)}
+        return {**entry, "data": encode_json(tensor, nonfinite_strings=nonfinite_strings)}
     except ValueError as error:
         raise ValueError(f"output {name!r}: {error}") from None
 

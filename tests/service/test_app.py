@@ -336,3 +336,45 @@ def test_the_monitor_counts_what_was_served_and_not_the_probe() -> None:
             client.post(INFER, json=body(*[[1.0, 2.0, 3.0]] * 8))
         assert metric(client, 'guardserve_shift_score{model="net"}') > 0
         assert metric(client, 'guardserve_guard_violations_total{kind="training_on_entry",model="net"}') == 1
+
+
+def nonfinite_request(**parameters: object) -> dict[str, Any]:
+    """Return a request whose second row the faulty model answers with NaN, with parameters of its own."""
+    return body([1.0, 0.0, 0.0], [-7.0, 1.0, 2.0]) | {"parameters": parameters}
+
+
+def test_a_request_may_ask_for_nonfinite_outputs_and_is_told_of_them() -> None:
+    """In binary to the bit, in JSON as strings when it says so, with what and where in the parameters."""
+    flag = {"guardserve_on_nonfinite": "flag"}
+    with serving(Faulty()) as client:
+        answer = client.post(INFER, json=nonfinite_request(**flag, guardserve_nonfinite_strings=True)).json()
+        told = answer["parameters"]["guardserve_nonfinite"]
+        assert "output holds 3 non-finite values of 6, the first at index (1, 0)" in told
+        assert answer["outputs"][0]["data"][3:] == ["NaN"] * 3
+        assert all(isinstance(value, float) for value in answer["outputs"][0]["data"][:3])
+        binary = client.post(INFER, json=nonfinite_request(**flag, binary_data_output=True))
+        size = int(binary.headers["inference-header-content-length"])
+        values = torch.frombuffer(bytearray(binary.content[size:]), dtype=torch.float32)
+        assert values.isnan().tolist() == [False] * 3 + [True] * 3
+        assert "guardserve_nonfinite" in json.loads(binary.content[:size])["parameters"]
+        clean = client.post(INFER, json=GOOD | {"parameters": flag}).json()
+        assert "parameters" not in clean
+        assert metric(client, 'guardserve_nonfinite_samples_total{model="net",name="output",origin="output"}') == 2
+
+
+def test_nonfinite_outputs_never_become_a_silent_null() -> None:
+    """JSON without the wish for strings stays an error, which names the way out; a policy that is none is refused."""
+    with serving(Faulty()) as client:
+        message = error(client.post(INFER, json=nonfinite_request(guardserve_on_nonfinite="flag")), 500)
+        assert "guardserve_nonfinite_strings" in message
+        message = error(client.post(INFER, json=nonfinite_request(guardserve_on_nonfinite="ignore")), 400)
+        assert "'ignore', not error or flag" in message
+        error(client.post(INFER, json=nonfinite_request(guardserve_on_nonfinite="error")), 500)
+
+
+def test_infinity_is_written_with_its_sign() -> None:
+    """As a client that reads the strings back needs it."""
+    parameters = {"guardserve_on_nonfinite": "flag", "guardserve_nonfinite_strings": True}
+    with serving(Odd(lambda x: x / (x.abs() != 9))) as client:
+        answer = client.post(INFER, json=body([9.0, -9.0, 0.0]) | {"parameters": parameters})
+        assert answer.json()["outputs"][0]["data"] == ["Infinity", "-Infinity", 0.0]

@@ -1,0 +1,111 @@
+"""Who may ask: API keys, kept as hashes and compared in constant time."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable
+from ipaddress import ip_address
+from pathlib import Path
+
+from starlette.types import Scope
+
+from guardserve.exceptions import SettingsError
+
+HASHED = "sha256:"
+"""Before the hexadecimal hash of a key, where that stands in the key's place."""
+
+MIN_LENGTH = 16
+"""Characters that a key must have: shorter ones can be guessed."""
+
+CHALLENGE = ((b"www-authenticate", b"Bearer"), (b"www-authenticate", b'Basic realm="guardserve"'))
+
+HEALTH = "/v2/health/"
+METRICS = "/metrics"
+
+
+class Access:
+    """Decides who may ask for what.
+
+    A key is sent as ``Authorization: Bearer KEY``, or as the password of basic authentication, which browsers do.
+
+    Args:
+        keys: The keys, or ``sha256:`` and the hexadecimal hash of one. Without any everybody may ask for everything.
+        protect_metrics: Whether ``/metrics`` needs a key too.
+        protect_health: Whether the server's health does.
+
+    Raises:
+        SettingsError: If a key is too short, or no hash where it says so.
+    """
+
+    def __init__(
+        self, keys: Iterable[str] = (), *, protect_metrics: bool = False, protect_health: bool = False
+    ) -> None:
+        self._hashes = [_hash(key) for key in keys]
+        self._protect_metrics = protect_metrics
+        self._protect_health = protect_health
+
+    def allows(self, scope: Scope) -> bool:
+        """Tell whether a request may be answered."""
+        if not self._hashes:
+            return True
+        path: str = scope["path"]
+        if path == METRICS and not self._protect_metrics:
+            return True
+        if path.startswith(HEALTH) and not self._protect_health:
+            return True
+        given = hashlib.sha256(_key(dict(scope["headers"]).get(b"authorization", b""))).digest()
+        return any([hmac.compare_digest(given, known) for known in self._hashes])  # noqa: C419 - as long for each key
+
+
+def read_keys(path: Path) -> list[str]:
+    """Read a file of keys, one a line; empty lines and what follows a ``#`` at a line's start do not count.
+
+    Raises:
+        SettingsError: If it cannot be read or holds no key.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the file of API keys cannot be read: {error}") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise SettingsError(f"{path} holds no API key: write one a line")
+    return keys
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address to listen on can be reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _hash(key: str) -> bytes:
+    if key.startswith(HASHED):
+        digits = key[len(HASHED) :]
+        if not re.fullmatch("[0-9a-fA-F]{64}", digits):
+            raise SettingsError(f"an API key begins with {HASHED}, but no SHA-256 hash of 64 digits follows")
+        return bytes.fromhex(digits)
+    if len(key) < MIN_LENGTH:
+        raise SettingsError(f"an API key has {len(key)} characters: use at least {MIN_LENGTH}, at random")
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _key(header: bytes) -> bytes:
+    """Return the key in an Authorization header."""
+    scheme, _, value = header.strip().partition(b" ")
+    if scheme.lower() == b"bearer":
+        return value.strip()
+    if scheme.lower() == b"basic":
+        try:
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""
