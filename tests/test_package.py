@@ -20,7 +20,7 @@ LEVELS = (
     {"signature", "batchnorm", "graphs", "stats", "nonfinite"},
     {"modes", "buffers", "decoration", "gradients", "outputs"},
     {"tracing"},
-    {"fusion", "guard", "loading", "settings", "monitor", "logs"},
+    {"fusion", "guard", "loading", "settings", "monitor", "logs", "traces"},
     {"audit"},
     {"runtime"},
     {"engine"},
