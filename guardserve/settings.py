@@ -83,6 +83,9 @@ class ServeSettings(BaseSettings):
     max_pending_size: int = Field(
         512 * MIB, ge=1, description="Most bytes of all request bodies held at once; more are refused with 503."
     )
+    max_connections: int = Field(
+        1024, ge=1, description="Most connections; what more ask for, but health and metrics, is refused with 503."
+    )
     request_timeout: float | None = Field(
         60.0,
         gt=0,

@@ -61,6 +61,11 @@ class Access:
         return any([hmac.compare_digest(given, known) for known in self._hashes])  # noqa: C419 - as long for each key
 
 
+def is_open(path: str) -> bool:
+    """Tell whether a path is one that operators ask: health or metrics."""
+    return path == METRICS or path.startswith(HEALTH)
+
+
 def read_keys(path: Path) -> list[str]:
     """Read a file of keys, one a line; empty lines and what follows a ``#`` at a line's start do not count.
 

@@ -16,8 +16,8 @@ from guardserve.audit.report import Finding
 from guardserve.metrics import Metrics
 from guardserve.page.endpoints import Page
 from guardserve.runtime import Runtime
-from guardserve.service.access import CHALLENGE, Access
-from guardserve.service.answer import refusal
+from guardserve.service.access import CHALLENGE, Access, is_open
+from guardserve.service.answer import RETRY_AFTER, refusal
 from guardserve.service.endpoints import ProtocolEndpoints, error_response, metrics_router
 from guardserve.service.gateway import Gateway
 from guardserve.service.inference import Inference, OnNonFinite
@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 
 UNAUTHORIZED = refusal(401, "unauthorized", "this server needs an API key: send Authorization: Bearer KEY", CHALLENGE)
+
+CROWDED = refusal(503, "overloaded", "the server has as many connections as it may: try again later", RETRY_AFTER)
 
 
 class Service(FastAPI):
@@ -48,8 +50,11 @@ class Service(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or run the lifespan."""
         if scope["type"] == "http":
-            if self.life.closing:
+            if self.life.closing or self.life.crowded:
                 send = closing(send)
+            if self.life.crowded and not is_open(scope["path"]):
+                await CROWDED.send(send)
+                return
             if not self.access.allows(scope):
                 await UNAUTHORIZED.send(send)
                 return
@@ -86,7 +91,7 @@ def create_app(
     """
     metrics = Metrics(runtime)
     limits = limits or Limits()
-    life = Life()
+    life = Life(limits.max_connections)
     inference = Inference(runtime, metrics, limits, model_version, on_nonfinite)
     gateway = Gateway(inference, metrics, limits)
     watch = Watch(runtime, lambda: Traffic.of(metrics))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from starlette.types import Message, Send
 
 CLOSE = (b"connection", b"close")
@@ -10,14 +12,25 @@ CLOSE = (b"connection", b"close")
 class Life:
     """Where the server stands.
 
+    Args:
+        max_connections: How many there may be.
+
     Attributes:
+        connections: Those that there are, once it listens.
         draining: It is about to stop: readiness says no, and requests are served as before.
         closing: It takes no more connections, and closes each that it has after its next answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_connections: int = 1024) -> None:
+        self.max_connections = max_connections
+        self.connections: Collection[object] = ()
         self.draining = False
         self.closing = False
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there are more connections than there may be."""
+        return len(self.connections) > self.max_connections
 
     def drain(self) -> None:
         """Begin to stop."""

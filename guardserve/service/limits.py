@@ -17,6 +17,7 @@ class Limits:
         max_queue_delay: Seconds that a request may wait for others to share its forward when the model is idle.
         max_body_size: Most bytes of a request body, after decompression.
         max_pending_size: Most bytes of all request bodies that are held at once; more are refused with 503.
+        max_connections: Most connections; what more ask for, but health and metrics, is refused with 503.
         request_timeout: Seconds until a request that has no answer yet gets 504; None for none.
         body_timeout: Seconds that the body of a request may take to arrive.
         forward_timeout: Seconds after which a forward counts as hanging; None for never.
@@ -27,6 +28,7 @@ class Limits:
     max_queue_delay: float = 0.0
     max_body_size: int = 64 * MIB
     max_pending_size: int = 512 * MIB
+    max_connections: int = 1024
     request_timeout: float | None = 60.0
     body_timeout: float = 30.0
     forward_timeout: float | None = 60.0

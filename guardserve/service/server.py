@@ -11,6 +11,7 @@ from typing import Any
 
 import uvicorn
 
+from guardserve.service.connection import connection_class
 from guardserve.service.life import Life
 
 LINGER = 0.5
@@ -32,7 +33,9 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, config: uvicorn.Config, life: Life, drain_delay: float = 0.0) -> None:
+        config.http = connection_class(life.max_connections)
         super().__init__(config)
+        life.connections = self.server_state.connections
         self._life = life
         self._drain_delay = drain_delay
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -124,9 +124,19 @@ def test_the_command_takes_keys_from_the_environment_and_serves_https(
 ) -> None:
     """The certificate is the given one, and without a key nothing is answered."""
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    request = (
-        ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    )
+    request = [
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ]
     files = ("-out", certificate, "-keyout", key)
     subprocess.run([require_program("openssl"), *request, *files], check=True, capture_output=True)
     context = ssl.create_default_context(cafile=str(certificate))

@@ -19,6 +19,8 @@ import torch
 from serving import metric, serving, wait_until
 from torch import nn
 
+from guardserve.service import connection
+
 INFER = "/v2/models/net/infer"
 
 
@@ -178,6 +180,44 @@ def test_bodies_held_at_once_are_bounded_together() -> None:
         model.open.set()
         assert first.result().status_code == accepted.result().status_code == 200
         assert client.post(INFER, json=large).status_code == 200
+
+
+def test_more_connections_than_may_be_get_503_but_health_and_metrics_answer() -> None:
+    """Each is closed after its answer; once there is room all is as before."""
+    with serving(Gate(), max_connections=3) as client:
+        assert client.post(INFER, json=body(1)).status_code == 200
+        with raw(client) as one, raw(client) as two, raw(client) as three:
+            for connection in (one, two, three):
+                connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n")
+                assert b" 200 " in connection.recv(1000)
+            with raw(client) as fourth:
+                fourth.sendall(http(body(2)))
+                answer = read_all(fourth)
+                assert b" 503 " in answer.splitlines()[0]
+                assert b"as many connections as it may" in answer
+            with raw(client) as fifth:
+                fifth.sendall(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n")
+                assert b"guardserve_model_ready" in read_all(fifth), "and the connection was closed"
+        wait_until(lambda: client.post(INFER, json=body(3)).status_code == 200, timeout=5)
+
+
+@pytest.mark.parametrize("start", [b"", b"POST /v2/models/net/infer HT", b"GET / HTTP/1.1\r\nHost: te"])
+def test_a_connection_that_never_says_what_it_wants_is_closed(start: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a byte, or with a part of the headers, also after a whole request."""
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.3)
+    with serving(Gate()) as client:
+        for before in (b"", b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n"):
+            if before and not start:
+                continue
+            with raw(client) as slow:
+                if before:
+                    slow.sendall(before)
+                    assert b" 200 " in slow.recv(1000)
+                slow.sendall(start)
+                started = time.monotonic()
+                read_all(slow)
+                assert 0.2 < time.monotonic() - started < 3
+        assert client.post(INFER, json=body(2)).status_code == 200
 
 
 def test_a_forward_that_hangs_is_504_and_unready_until_the_server_has_recovered() -> None:
