@@ -108,22 +108,21 @@ def decode_json(data: object, dtype: torch.dtype, shape: Sequence[int]) -> torch
     return torch.from_numpy(_to_array(values, dtype).reshape(shape))
 
 
-def encode_json(tensor: torch.Tensor, *, nonfinite_strings: bool = False) -> Array | list[float | str]:
-    """Return a tensor's values, flat in row-major order, in a form that orjson can write.
-
-    Args:
-        tensor: The tensor.
-        nonfinite_strings: Whether "NaN", "Infinity" and "-Infinity" stand for what JSON cannot express.
+def encode_json(tensor: torch.Tensor) -> Array:
+    """Return a tensor's values, flat in row-major order, as an array that orjson can write.
 
     Raises:
-        ValueError: A value is NaN or infinite, and is not to be a string.
+        ValueError: A value is NaN or infinite, which JSON cannot express.
     """
     values = _flat(tensor)
-    if np.isfinite(values).all():
-        return values
-    if not nonfinite_strings:
+    if not np.isfinite(values).all():
         raise ValueError("a value is NaN or infinite, which JSON cannot express")
-    return [value if math.isfinite(value) else _NONFINITE[str(value)] for value in values.tolist()]
+    return values
+
+
+def encode_json_strings(tensor: torch.Tensor) -> list[float | str]:
+    """Return a tensor's values, flat in row-major order, with "NaN", "Infinity" and "-Infinity" for what JSON lacks."""
+    return [value if math.isfinite(value) else _NONFINITE[str(value)] for value in _flat(tensor).tolist()]
 
 
 def _flat(tensor: torch.Tensor) -> Array:

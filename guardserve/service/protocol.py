@@ -12,7 +12,7 @@ import orjson
 import torch
 
 from guardserve.service.body import HEADER_LENGTH, ProtocolError, Reason, decompress
-from guardserve.service.datatypes import BINARY_ONLY, datatype_name, encode_binary, encode_json
+from guardserve.service.datatypes import BINARY_ONLY, datatype_name, encode_binary, encode_json, encode_json_strings
 from guardserve.service.request import InferRequest, RequestedOutput, parse_request, unknown_output
 from guardserve.signature import Signature, TensorSpec
 
@@ -88,8 +88,10 @@ def _render_output(
     if tensor.dtype in BINARY_ONLY:
         raise ProtocolError(f"output {name!r} is {datatype}, which has no JSON form: ask for it with binary_data true")
     try:
-        return {**entry, "data": encode_json(tensor, nonfinite_strings=nonfinite_strings)}
+        return {**entry, "data": encode_json(tensor)}
     except ValueError as error:
+        if nonfinite_strings:
+            return {**entry, "data": encode_json_strings(tensor)}
         raise ValueError(f"output {name!r}: {error}") from None
 
 
