@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import cmath
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -33,22 +34,38 @@ class NonFinite:
         return f"{self.path} holds {self.count} non-finite {values} of {self.total}, the first at index {self.first}"
 
 
-def named_tensors(value: object, path: str = "output") -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(
+    value: object, path: str = "output", leaf: Callable[[object], torch.Tensor | None] = lambda _: None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor in a nested output with its path.
 
-    Walks mappings, lists, tuples and dataclass instances; anything else holds no tensors.
+    Walks mappings, lists, tuples and dataclass instances; anything else holds no tensors, or ``leaf`` makes it one.
     """
     if isinstance(value, torch.Tensor):
         yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from named_tensors(item, f"{path}[{key!r}]")
+            yield from named_tensors(item, f"{path}[{key!r}]", leaf)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from named_tensors(item, f"{path}[{index}]")
+            yield from named_tensors(item, f"{path}[{index}]", leaf)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from named_tensors(getattr(value, field.name), f"{path}.{field.name}")
+            yield from named_tensors(getattr(value, field.name), f"{path}.{field.name}", leaf)
+    else:
+        made = leaf(value)
+        if made is not None:
+            yield path, made
+
+
+def _numbers(value: object) -> torch.Tensor | None:
+    """Return a number, or an array of them, as a tensor; None for what cannot be NaN or infinite."""
+    if isinstance(value, (float, complex)):
+        return torch.tensor(value, dtype=torch.complex128 if isinstance(value, complex) else torch.float64)
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fc":
+        widest = np.complex128 if value.dtype.kind == "c" else np.float64
+        return torch.from_numpy(np.asarray(value, widest, order="C"))
+    return None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -63,8 +80,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def find_nonfinite(value: object, path: str = "output") -> Iterator[NonFinite]:
-    """Yield a :class:`NonFinite` for every tensor in a nested output that holds NaN or infinity."""
-    for name, tensor in named_tensors(value, path):
+    """Yield a :class:`NonFinite` for every tensor, array or number in a nested output that is or holds such a value."""
+    for name, tensor in named_tensors(value, path, _numbers):
         if is_finite(tensor):
             continue
         # nothing here grows with the number of bad values: a hostile input may be nothing else

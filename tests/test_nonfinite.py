@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from guardserve import EvalGuard, NonFiniteOutputError
 from guardserve.nonfinite import find_nonfinite, is_finite, named_tensors
 
 
@@ -91,3 +94,34 @@ def test_integers_scalars_and_empty_tensors_are_handled() -> None:
     assert is_finite(torch.empty(0, 5))
     (found,) = find_nonfinite(torch.tensor(float("nan")))
     assert (found.rows, found.first) == ((0,), ())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        float("nan"),
+        complex(0, float("inf")),
+        np.float32("nan"),
+        np.array([[1.0, 2.0], [3.0, np.inf]], np.float16),
+        np.array([1.0, np.nan], np.longdouble),
+        np.array([0.0, np.nan], ">f8")[::-1],
+        np.array([complex(np.nan, 0)]),
+    ],
+    ids=lambda bad: f"{type(bad).__name__} {getattr(bad, 'dtype', '')}",
+)
+def test_numbers_and_arrays_count_as_well(bad: object) -> None:
+    """A model that returns NumPy arrays or plain numbers is checked like any other."""
+    (found,) = find_nonfinite({"ok": [1, "text", None, np.arange(3), 2.0, 1e300], "bad": (bad,)})
+    assert found.path == "output['bad'][0]"
+    assert found.count == 1
+
+
+def test_a_guarded_model_that_returns_arrays_is_checked() -> None:
+    """The guard's policy holds for them."""
+
+    class Arrays(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return x.log().numpy()
+
+    with pytest.raises(NonFiniteOutputError, match=r"index \(1,\)"):
+        EvalGuard(Arrays())(torch.tensor([1.0, -1.0]))

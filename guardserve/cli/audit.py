@@ -106,5 +106,5 @@ def audit(
     click.echo(FORMATS[style](report, source), nl=False)
     if report.reaches(fail_on):
         context.exit(1)
-    if source.subject.refusal is not None:
-        raise click.ClickException(f"no probe could run: {source.subject.refusal}")
+    if report.refusal is not None:
+        raise click.ClickException(f"no probe could run: {report.refusal}")
