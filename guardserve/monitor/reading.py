@@ -149,6 +149,8 @@ class Plan:
     Attributes:
         axes: The axes of positions in a cell's view.
         positions: Number of positions.
+        parts: How each axis is shared out.
+        step: How far the position that chooses the cell moves from turn to turn.
         uniform: Whether its cells are of the same size.
     """
 
@@ -175,13 +177,13 @@ class Plan:
         step = round(self.positions * _GOLDEN)
         while math.gcd(step, max(1, self.positions)) > 1:
             step += 1
-        self._step = step
+        self.step = step
         self.uniform = all(len({len(part) for part in axis.parts}) == 1 for axis in self.parts)
         self._cells: dict[int, Cell] = {}
 
     def cell(self, turn: int) -> Cell:
         """Return the cell that is read in a forward: that of some position, another one each time."""
-        place = turn * self._step % self.positions if self.positions else 0
+        place = turn * self.step % self.positions if self.positions else 0
         index = 0
         for axis in self.parts:
             place, i = divmod(place, len(axis.part_of) or 1)

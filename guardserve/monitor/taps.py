@@ -9,16 +9,19 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from guardserve.batchnorm import ObservationPoint, batchnorm_layers, observation_points
+from guardserve.batchnorm import CHANNEL_AXIS, ObservationPoint, batchnorm_layers, observation_points
 from guardserve.graphs import graph_norms
+from guardserve.monitor.compiled import Inbox, Traced, exporting, hand_over, per_sample, read_in_graph, uncompiled
 from guardserve.monitor.reading import VALUES, Plan, Reading, Rows, read, side_by_side
-from guardserve.monitor.workspace import MOST_VALUES, Place, Slot, Sums, Workspace, fits
+from guardserve.monitor.workspace import MOST_VALUES, Place, Slot, Workspace, fits
 from guardserve.nonfinite import named_tensors
 from guardserve.tracing import is_tracing
 
@@ -30,6 +33,18 @@ _KEPT_PLANS = 64
 _log = logging.getLogger(__name__)
 
 
+class Bundle(NamedTuple):
+    """What the layers of a forward showed, summed up together.
+
+    Attributes:
+        route: The layers, in the order in which they ran.
+        rows: Tells what they showed, side by side.
+    """
+
+    route: tuple[int, ...]
+    rows: Callable[[], Rows]
+
+
 class Record:
     """What one forward showed.
 
@@ -37,8 +52,8 @@ class Record:
         samples: Number of samples, as the model's own input has them; None when a part was called by itself.
         turn: Number of the forward.
         values: Values read of each sample at each layer, about; None is all.
-        readings: What layers showed, in the order in which they ran; empty if ``sums`` has all of it.
-        sums: What all layers showed, if they were read into a workspace.
+        readings: What layers showed, in the order in which they ran; empty if ``bundle`` has all of it.
+        bundle: What all layers showed, if it was summed up together.
         ready: On an accelerator, the event after which the readings are there.
         seconds: If the forward was timed, when it began; at its end, how long it took.
         spent: If it was timed, the seconds of it that readings took.
@@ -47,6 +62,7 @@ class Record:
 
     __slots__ = (
         "_rows",
+        "bundle",
         "filled",
         "places",
         "readings",
@@ -56,7 +72,6 @@ class Record:
         "sink",
         "slots",
         "spent",
-        "sums",
         "turn",
         "values",
         "workspace",
@@ -71,7 +86,7 @@ class Record:
         self.slots = slots
         self.filled: dict[int, None] = {}
         self.places: list[Place] | None = None
-        self.sums: Sums | None = None
+        self.bundle: Bundle | None = None
         self.ready: torch.cuda.Event | None = None
         self.seconds: float | None = None
         self.spent = 0.0
@@ -86,8 +101,8 @@ class Record:
     @property
     def route(self) -> tuple[int, ...]:
         """The layers that ran, in order, as often as each did."""
-        if self.sums is not None and self.workspace is not None:
-            return self.workspace.route
+        if self.bundle is not None:
+            return self.bundle.route
         return tuple([reading.index for reading in self.readings])
 
     @property
@@ -100,13 +115,12 @@ class Record:
     def rows(self) -> Rows:
         """Return all readings as arrays, side by side; only if :attr:`whole`."""
         if self._rows is None:
-            if self.sums is not None and self.workspace is not None:
-                self._rows = self.workspace.rows(self.sums)
-            else:
-                self._rows = self.rows_of(self.readings)
+            if self.ready is not None:
+                self.ready.synchronize()
+            self._rows = side_by_side(self.readings) if self.bundle is None else self.bundle.rows()
         return self._rows
 
-    def rows_of(self, readings: Sequence[Reading]) -> Rows:
+    def rows_of(self, readings: list[Reading]) -> Rows:
         """Return some of its readings, with equally many samples, as arrays side by side."""
         if self.ready is not None:
             self.ready.synchronize()
@@ -128,6 +142,22 @@ class Hook:
         return Hook, ()
 
 
+class RootHook(Hook):
+    """A hook on the model itself, which runs as it is, though the model be compiled: its forward is a graph's root.
+
+    Only where the model is part of a larger graph, the hook is too.
+    """
+
+    @uncompiled
+    def __call__(self, *args: Any) -> None:
+        """Run the hook."""
+        if self._function is not None:
+            self._function(*args)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
 class _Tap:
     """Reads one layer."""
 
@@ -135,6 +165,7 @@ class _Tap:
         self.index = index
         self.point = point
         self.fault: str | None = None
+        self.anchor = point.anchor if point.readable else None
         self._plans: dict[object, tuple[Plan, torch.Tensor]] = {}
 
     def read(self, x: torch.Tensor, record: Record) -> None:
@@ -216,6 +247,7 @@ class Taps:
         self._handles.clear()
 
     def _attach(self, model: nn.Module) -> None:
+        model = getattr(model, "_orig_mod", model)  # hooks of a compiled model are those of what it was made from
         self.points.extend(observation_points(model))
         self._no_slots += [None] * len(self.points)
         for index, point in enumerate(self.points):
@@ -230,14 +262,22 @@ class Taps:
         for norm in graph_norms(model):
             self._unobserved[norm.name] = "a traced or exported graph takes no hooks"
         if self.points:
-            self._handles.append(model.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
-            self._handles.append(model.register_forward_hook(Hook(self._end), always_call=True))
+            with torch.inference_mode(mode=False):
+                device = next((tap.anchor.device for tap in self._taps if tap.anchor is not None), torch.device("cpu"))
+                self._turn = torch.zeros((), dtype=torch.int64, device=device)
+            deliver = weakref.WeakMethod(self._deliver)
+            self._inbox = Inbox(lambda *delivered: None if (method := deliver()) is None else method(*delivered))
+            self._handles.append(model.register_forward_pre_hook(RootHook(self._begin), with_kwargs=True))
+            self._handles.append(model.register_forward_hook(RootHook(self._end), always_call=True))
 
     def _reader(self, tap: _Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        opened, clock = self._open, time.perf_counter
+        opened, clock, compiling = self._open, time.perf_counter, torch.compiler.is_compiling
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             del layer
+            if compiling():
+                self._read_in_graph(tap, args, kwargs)
+                return
             record = opened.record
             if record is None:
                 self._read_alone(tap, args, kwargs)
@@ -266,6 +306,9 @@ class Taps:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del model
+        if torch.compiler.is_compiling():
+            self._begin_in_graph(args, kwargs)
+            return
         if _looks_only():
             self._open.record = _IGNORED
             return
@@ -288,20 +331,31 @@ class Taps:
             record.seconds = began
             record.spent = time.perf_counter() - began
         self._open.record = record
+        self._open.traced.clear()
+        self._open.traced.open = True
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Hand over the record; a forward that raised (its output is None) has seen no sample through."""
         del model
+        if torch.compiler.is_compiling():
+            self._end_in_graph()
+            return
         record = self._open.record
         self._open.record = None
         if record is None or record is _IGNORED or output is None:
+            self._open.traced.clear()
             return
         began = time.perf_counter()
+        traced = self._open.traced
+        if traced.readings:
+            self._unpack(record, traced.readings)
+            self._turn.add_(1)
+        traced.clear()
         if record.filled and record.workspace is not None:
             self._sum_up(record)
         elif record.places is not None and args:
             self._lay_out(record, args)
-        if record.readings or record.sums:
+        if record.readings or record.bundle:
             record.spent += time.perf_counter() - began
             self._finish(record)
 
@@ -311,7 +365,7 @@ class Taps:
         if workspace is None:
             return
         if not record.readings and len(record.filled) == len(workspace.route):
-            record.sums = workspace.sums()
+            record.bundle = Bundle(workspace.route, partial(workspace.rows, workspace.sums()))
         else:  # this forward took another way
             record.readings += [workspace.reading(index) for index in record.filled]
 
@@ -326,12 +380,54 @@ class Taps:
             self._open.workspaces[args[0].shape, record.values] = workspace
 
     def _finish(self, record: Record) -> None:
-        if record.sums is None and record.readings[0].total.is_cuda:
+        if record.readings and record.readings[0].total.is_cuda:
             record.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             record.ready.record()
         if record.seconds:
             record.seconds = time.perf_counter() - record.seconds
         self._emit(record)
+
+    def _read_in_graph(self, tap: _Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read in code that is being compiled."""
+        traced, anchor = self._open.traced, tap.anchor
+        if not traced.open or anchor is None:
+            return
+        x = args[0] if args else next(iter(kwargs.values()))
+        if x.ndim > CHANNEL_AXIS and x.shape[CHANNEL_AXIS] == anchor.shape[0]:
+            total, squares, count = read_in_graph(x, anchor, self._turn, self.values)
+            traced.readings.append((tap.index, count, total, squares))
+
+    def _begin_in_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a forward that is part of a larger graph."""
+        traced = self._open.traced
+        traced.clear()
+        for value in () if exporting() else (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.ndim and not traced.open:
+                traced.samples.append(value.shape[0])
+                traced.open = True
+
+    def _end_in_graph(self) -> None:
+        """Hand over what such a forward read."""
+        traced = self._open.traced
+        if traced.readings:
+            route, counts = [reading[0] for reading in traced.readings], [reading[1] for reading in traced.readings]
+            readings = [reading[2] for reading in traced.readings] + [reading[3] for reading in traced.readings]
+            hand_over(readings, self._turn, self._inbox.token, traced.samples[0], route, counts)
+        traced.clear()
+
+    def _deliver(self, samples: int, route: list[int], counts: list[int], readings: list[torch.Tensor]) -> None:
+        """Receive what a graph read that the whole forward is part of."""
+        if not _looks_only():
+            record = Record(samples, next(self._turns), self.values, self._no_slots)
+            self._unpack(record, zip(route, counts, readings, readings[len(route) :], strict=False))
+            self._finish(record)
+
+    def _unpack(self, record: Record, readings: Iterable[tuple[int, int, torch.Tensor, torch.Tensor]]) -> None:
+        """Take what compiled code read into a record."""
+        for index, count, total, squares in readings:
+            if len(total):
+                merged = per_sample(total, squares, count, record.samples or len(total))
+                record.readings.append(Reading(index, *merged))
 
 
 class _Open(threading.local):
@@ -339,6 +435,7 @@ class _Open(threading.local):
 
     def __init__(self) -> None:
         self.record: Record | None = None
+        self.traced = Traced()
         self.workspaces: dict[tuple[torch.Size, int | None], Workspace | None] = {}
         self._buffer: torch.Tensor | None = None
 

@@ -1,0 +1,202 @@
+"""Monitoring a compiled model: one graph, no compilation as batch sizes vary, and the statistics of the eager model."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from guardserve import EvalGuard, Monitor, fuse
+from guardserve.monitor import Snapshot
+from guardserve.monitor.compiled import per_sample
+from guardserve.monitor.reading import Plan, read
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+class Net(nn.Module):
+    """Two convolutions with BatchNorm, frames laid into the batch between them, and a head with BatchNorm."""
+
+    def __init__(self, frames: int = 1) -> None:
+        super().__init__()
+        self.frames = frames
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.deep, self.deep_bn = nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.head, self.head_bn = nn.Linear(16, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return features, shape ``(N * frames, 4)``."""
+        x = torch.relu(self.bn(self.conv(x)))
+        x = torch.relu(self.deep_bn(self.deep(x.repeat_interleave(self.frames, 0))))
+        y: torch.Tensor = self.head_bn(self.head(x.mean((2, 3))))
+        return y
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """Let no test see another's graphs, and no deprecation inside the compiler be an error of ours."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()
+
+
+def net(frames: int = 1) -> Net:
+    """Return a net whose running statistics are not the defaults."""
+    torch.manual_seed(0)
+    model = Net(frames)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(16, 3, 16, 16))
+    return model.eval()
+
+
+def batches(*sizes: int) -> list[torch.Tensor]:
+    """Return inputs with those batch sizes."""
+    return [torch.randn(size, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)]
+
+
+def watch(monitored: nn.Module, called: Any, inputs: list[torch.Tensor], values: int | None = None) -> Snapshot:
+    """Return what a monitor on one module sees while another is called."""
+    with Monitor(monitored, values=values) as monitor, torch.inference_mode():
+        for x in inputs:
+            called(x)
+        return monitor.snapshot()
+
+
+def assert_same(left: Snapshot, right: Snapshot) -> None:
+    """Compare two snapshots to rounding."""
+    assert left.samples == right.samples
+    assert [layer.name for layer in left.layers] == [layer.name for layer in right.layers]
+    for a, b in zip(left.layers, right.layers, strict=True):
+        assert a.samples == b.samples
+        for name in ("mean_shift", "log_std_ratio", "wasserstein2"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_compiled_model_shows_the_statistics_of_the_eager_one(frames: int, fused: bool) -> None:
+    """Fused or not, with rows that are no samples or not: the same to rounding."""
+    model = fuse(net(frames)) if fused else net(frames)
+    inputs = batches(1, 4, 2, 7)
+    eager = watch(model, model, inputs)
+    compiled = copy.deepcopy(model)
+    assert_same(watch(compiled, torch.compile(compiled, fullgraph=True), inputs), eager)
+
+
+def test_batch_sizes_vary_without_another_compilation() -> None:
+    """One graph for batch size 1, one for all others; none breaks, and every sample is counted, guarded too.
+
+    Convolutions themselves have a graph of their own for sizes from 16 on.
+    """
+    model = net()
+    with Monitor(model) as monitor:
+        compiled: Any = torch.compile(model, fullgraph=True)
+        guard = EvalGuard(compiled)
+        for x in batches(1, 2, 3):
+            guard(x)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for x in batches(5, 1, 8, 2, 12, 3):
+                guard(x)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+        assert not torch._dynamo.utils.counters["graph_break"]
+        assert monitor.snapshot().samples == 6 + 31
+
+
+def test_a_monitor_on_the_compiled_module_is_one_on_the_model() -> None:
+    """Layers have the names that they have in the model, so that profiles fit."""
+    model = net()
+    compiled = torch.compile(model, fullgraph=True)
+    with Monitor(compiled) as monitor, torch.inference_mode():  # type: ignore[arg-type]
+        compiled(batches(3)[0])
+        assert monitor.layers == ("bn", "deep_bn", "head_bn")
+        assert monitor.snapshot().samples == 3
+
+
+def test_a_monitored_part_of_a_larger_graph_is_seen() -> None:
+    """Where the model's own hooks are in the graph, one operator hands over what was read."""
+    model = net()
+    inputs = batches(1, 4, 2, 7)
+    eager = watch(model, model, [x + 1 for x in inputs])
+
+    class Larger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.inner(x + 1)
+            return 2 * y
+
+    assert_same(watch(model, torch.compile(Larger(), fullgraph=True), inputs), eager)
+
+
+def test_compiled_cells_move_and_cover_every_position_equally() -> None:
+    """Over a whole turn, the means are those of all positions."""
+    model = net()
+    (x,) = batches(2)
+    with Monitor(model, values=None) as monitor, torch.inference_mode():
+        model(x)
+        exact = monitor.snapshot()
+    compiled = torch.compile(model, fullgraph=True)
+    with Monitor(model, values=1) as monitor, torch.inference_mode():
+        compiled(x)
+        first = monitor.snapshot().layers[0].mean_shift
+        for _ in range(255):
+            compiled(x)
+        seen = monitor.snapshot()
+    assert first != pytest.approx(exact.layers[0].mean_shift, rel=1e-3)
+    for a, b in zip(seen.layers, exact.layers, strict=True):
+        assert a.mean_shift == pytest.approx(b.mean_shift, rel=1e-4)
+        assert a.log_std_ratio == pytest.approx(b.log_std_ratio, rel=1e-3, abs=1e-5)
+
+
+def test_threads_share_a_compiled_model() -> None:
+    """Four threads lose no sample and count none twice."""
+    model = net()
+    inputs = batches(*[1 + i % 3 for i in range(48)])
+    with Monitor(model) as monitor:
+        compiled: Any = torch.compile(model, fullgraph=True)
+        guard = EvalGuard(compiled)
+        for x in batches(1, 2, 3):
+            guard(x)
+        monitor.reset()
+        threads = [threading.Thread(target=lambda i=i: [guard(x) for x in inputs[i::4]]) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert monitor.snapshot().samples == sum(map(len, inputs))
+        assert {layer.samples for layer in monitor.snapshot().layers} == {sum(map(len, inputs))}
+
+
+def test_an_exported_program_carries_no_monitor() -> None:
+    """Exporting a monitored model leaves no operator of the monitor in the program."""
+    model = net()
+    with Monitor(model) as monitor:
+        program = torch.export.export(model, (batches(2)[0],))
+        assert not [node for node in program.graph.nodes if "guardserve" in str(node.target)]
+        assert monitor.snapshot().samples == 0
+
+
+def test_rows_of_one_sample_merge_exactly() -> None:
+    """Totals and squares of frames become those of their sample."""
+    x = torch.randn(6, 5, 4, 4, dtype=torch.float64) + torch.arange(6.0).view(6, 1, 1, 1)
+    anchor = torch.zeros(5, 1, 1, dtype=torch.float64)
+    rows = read(0, x, Plan(x.shape, x.stride(), None), 0, anchor)
+    assert rows.squares is not None
+    total, squares, count = per_sample(rows.total.flatten(1), rows.squares, 16, 2)
+    exact = x.reshape(2, 3, 5, 16).transpose(1, 2).flatten(2).numpy()
+    np.testing.assert_allclose(total / count, exact.mean(-1))
+    np.testing.assert_allclose(squares / count, exact.var(-1))
