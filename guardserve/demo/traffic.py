@@ -85,7 +85,7 @@ def run_demo(host: str, port: int, *, once: bool, console: Console) -> bool:
         _await_ready(client)
         console.print(f"[bold]guardserve[/bold] serves [bold]{runtime.name}[/bold], a CNN for handwritten digits,")
         console.print("which its factory left in training mode; the guard runs it in eval mode.")
-        console.print(f"  metrics  {address}/metrics\n  docs     {address}/docs\n")
+        console.print(f"  page     {address}/ui\n  metrics  {address}/metrics\n  docs     {address}/docs\n")
         phases = [Phase(CLEAN), Phase(SHIFT)]
         with Live(console=console, auto_refresh=False) as view:
             for phase in phases:
