@@ -106,23 +106,34 @@ def moved_channels(average: ShiftAverage, profile: ReferenceProfile, layer: int)
 def describe(average: ShiftAverage, profile: ReferenceProfile, layer: int, age: int, *, over: bool) -> str:
     """Say what a shift looks like, in three parts.
 
-    Where: an input that looks different moves early layers most, and a trained model damps it on the way; another
-    mixture of classes moves late layers most. What: the means of the lead layer's channels, or their spread. How
+    Where: an input that looks different moves early layers most, and a trained model damps it on the way, or moves
+    them farther than any clean sample is from the mean; another mixture of classes moves late layers most. What: the means of the lead layer's channels, or their spread. How
     long: ``age`` samples since the alarm, ``over`` if it has ended.
     """
     if over:
         lasts = f"burst, over within {age} samples" if age < LASTING else f"lasted {age} samples"
     else:
         lasts = "lasting" if age >= LASTING else "just begun"
-    return "; ".join((_where(average.depth(profile)), _what(*average.layer_features(profile, layer)), lasts))
+    return "; ".join(
+        (
+            _where(average.depth(profile), np.exp(profile.levels.median[-1])),
+            _what(*average.layer_features(profile, layer)),
+            lasts,
+        )
+    )
 
 
-def _where(moved: Array) -> str:
-    third = max(1, len(moved) // 3)
-    early, late = float(moved[:third].mean()), float(moved[-third:].mean())
+def _where(moved: Array, typical: Array) -> str:
     if len(moved) == 1:
         return "one layer only: input or classes"
-    return "input-level: early layers moved most" if early >= late else "semantic or class mix: late layers moved most"
+    third = max(1, len(moved) // 3)
+    early, late = float(moved[:third].mean()), float(moved[-third:].mean())
+    # another mixture of clean samples cannot move their mean farther than they are from it themselves
+    if early >= late or float((moved / typical)[:third].mean()) >= 1:
+        return "input-level: " + (
+            "early layers moved most" if early >= late else "early layers, too, left what is clean"
+        )
+    return "semantic or class mix: late layers moved most"
 
 
 def _what(means: Array, spreads: Array) -> str:

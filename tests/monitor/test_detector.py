@@ -14,9 +14,12 @@ from guardserve import Monitor, ReferenceProfile, ReferenceProfileError
 from guardserve.demo.digits import SHIFTS, blurred, brighter, faded, noisy
 from guardserve.monitor import Verdict
 from guardserve.monitor.chart import LAMBDAS, Chart
-from guardserve.monitor.detector import CALM, RECOVERY, WARM
+from guardserve.monitor.detector import CALM, RECOVERY, WARM, Detector
+from guardserve.monitor.diagnosis import ShiftAverage
+from guardserve.monitor.features import Array
 
 Sampler = Callable[..., torch.Tensor]
+Reader = Callable[[torch.Tensor], Array]
 TARGET = 2000
 
 
@@ -227,15 +230,54 @@ def test_the_chart_is_that_of_lowry_et_al() -> None:
 
 
 def test_a_chart_of_clean_vectors_has_no_drift_of_its_own() -> None:
-    """After 300,000 vectors the statistic is distributed as after 300."""
+    """After ten million vectors the statistic is distributed as after the first few hundred of each stream."""
     rng = np.random.default_rng(1)
-    chart = Chart(300, [8], 8)
+    streams, steps = 500, 20_000
+    chart = Chart(streams, [4], 4)
     early, late = [], []
-    for step in range(1000):
-        statistic = chart.step(rng.standard_normal((300, 1, 8)).astype(np.float32))
-        if 200 <= step < 300:
-            early.append(statistic)
-        if step >= 900:
-            late.append(statistic)
-    assert np.mean(late) == pytest.approx(np.mean(early), abs=0.1)
-    assert np.quantile(late, 0.99) == pytest.approx(float(np.quantile(early, 0.99)), rel=0.1)
+    for step in range(steps):
+        statistic = chart.step(rng.standard_normal((streams, 1, 4), np.float32))
+        if 200 <= step < 1200:
+            early.append(statistic[:, :, 0])
+        if step >= steps - 1000:
+            late.append(statistic[:, :, 0])
+    assert np.mean(late, (0, 1)) == pytest.approx(np.mean(early, (0, 1)), abs=0.05)
+    for level in (0.5, 0.99, 0.9999):
+        before, after = (np.quantile(np.concatenate(part), level, axis=0) for part in (early, late))
+        assert after == pytest.approx(before, rel=0.1, abs=0.05)
+
+
+def test_a_detector_that_runs_for_long_alarms_no_more_often(
+    profile: ReferenceProfile, features: Reader, clean: Sampler
+) -> None:
+    """Of 60,000 clean samples in one run, the second half raises about as many alarms as the first; nothing grows."""
+    rows = features(clean(4000, seed=34))
+    detector, rng = Detector(profile, 300), np.random.default_rng(0)
+    alarms = [0]
+    sizes = set()
+    for _ in range(60):
+        detector.judge(rows[rng.permutation(len(rows))[:1000]])
+        alarms.append(detector.detection().alarms)
+        sizes.add(sum(array.nbytes for array in detector.state_dict().values()))
+    first, second = alarms[30] - alarms[0], alarms[60] - alarms[30]
+    assert first + second > 20
+    assert abs(first - second) < 4 * math.sqrt(first + second)
+    assert len(sizes) == 1
+
+
+def test_the_average_of_a_shift_is_the_same_however_it_comes() -> None:
+    """Samples one by one or many at once move the average alike."""
+    rng = np.random.default_rng(3)
+    features, vectors = (
+        rng.standard_normal((300, 6)).astype(np.float32),
+        rng.standard_normal((300, 2, 4)).astype(np.float32),
+    )
+    one, many = (ShiftAverage(features[:9], vectors[:9]) for _ in range(2))
+    for row in range(9, 300):
+        one.update(features[row : row + 1], vectors[row : row + 1])
+    many.update(features[9:50], vectors[9:50])
+    many.update(features[50:], vectors[50:])
+    assert np.allclose(one.features, many.features, atol=1e-5)
+    assert np.allclose(one.vectors, many.vectors, atol=1e-5)
+    assert one.noise == pytest.approx(many.noise)
+    assert one.count == many.count == 300

@@ -18,7 +18,6 @@ from torch import nn
 from guardserve import Monitor, ReferenceMismatchError, ReferenceProfile, ReferenceProfileError, ReferenceWarning
 from guardserve.demo.digits import noisy
 from guardserve.fusion import fuse
-from guardserve.monitor.calibration import prudence
 from guardserve.monitor.encoding import Sketch, Whitening, ledoit_wolf
 
 Sampler = Callable[..., torch.Tensor]
@@ -62,7 +61,7 @@ def test_few_samples_are_met_with_prudence_and_a_warning(model: nn.Module, clean
     assert small.supported_arl == 1600
     with pytest.warns(ReferenceWarning, match="give at least 1000 samples"), Monitor(model, reference=small):
         pass
-    assert prudence(120) > 5 > prudence(700) > prudence(3000) > 1
+
     assert alarms(model.eval(), small, clean(20_000, seed=4), 1000) <= 40
 
 

@@ -1,0 +1,124 @@
+"""Run lengths: as asked for on independent and on ordered samples, and what extrapolates to rare ones."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import nn
+
+from guardserve import ReferenceProfile
+from guardserve.batchnorm import observation_points
+from guardserve.monitor.calibration import (
+    ARLS,
+    Pool,
+    dependent_run,
+    largest_evidence,
+    mean_run_length,
+    prudence,
+    tail_thresholds,
+)
+from guardserve.monitor.collection import ReferenceData
+from guardserve.monitor.encoding import Sketch
+from guardserve.monitor.features import Array
+
+LAYERS, CHANNELS = 4, 16
+TARGET = 1000
+
+
+def autoregressive(count: int, phi: float, rng: np.random.Generator) -> Array:
+    """Return a stationary sequence of shape ``(N, layers, width)``: ``phi`` times the sample before, and noise."""
+    noise = rng.standard_normal((count + 100, LAYERS, 2 * CHANNELS)) * math.sqrt(1 - phi**2)
+    for step in range(1, len(noise)):
+        noise[step] += phi * noise[step - 1]
+    return noise[100:].astype(np.float32)
+
+
+def fitted(samples: Array, ordered: bool) -> ReferenceProfile:
+    """Fit a profile to sketches."""
+    model = nn.Sequential(*(nn.BatchNorm1d(CHANNELS) for _ in range(LAYERS)))
+    size, features = len(samples), 2 * LAYERS * CHANNELS
+    sketch = Sketch((CHANNELS,) * LAYERS, 2 * CHANNELS, np.zeros(features, np.float32), np.ones(features, np.float32))
+    points, held_out = list(observation_points(model)), 3 * size // 4
+    data = ReferenceData(points, sketch, samples[:held_out], samples[held_out:], 0, ordered)
+    return ReferenceProfile.of_data(data, target_arl=TARGET, rng=np.random.default_rng(0))
+
+
+def run_length(profile: ReferenceProfile, samples: Array, run: int) -> float:
+    """Measure a profile's run length on streams of fresh samples, ``run`` of them together."""
+    pool = Pool.of(profile.whitening.apply(samples), profile.levels, run=run)
+    largest = largest_evidence(
+        pool, profile.sketch.dimensions, profile.levels, streams=96, horizons=[TARGET], rng=np.random.default_rng(1)
+    )
+    alarms = int((largest[0] >= profile.threshold(TARGET)[:, None]).any(0).sum())
+    return mean_run_length(alarms, 96, TARGET)
+
+
+def test_an_ordered_reference_keeps_its_run_length_on_an_autocorrelated_stream() -> None:
+    """At phi .9 at least .3 of the target; taken as independent, the same samples give less than half of that."""
+    rng = np.random.default_rng(2)
+    samples, fresh = autoregressive(2000, 0.9, rng), autoregressive(40_000, 0.9, rng)
+    ordered = run_length(fitted(samples, ordered=True), fresh, 1000)
+    assert ordered >= 0.3 * TARGET
+    assert run_length(fitted(samples, ordered=False), fresh, 1000) < 0.5 * ordered
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("seed", [3, 4])
+def test_independent_samples_give_about_the_run_length_asked_for(seed: int, ordered: bool) -> None:
+    """Between half and three times the target from 1,500 samples; more where order has to be allowed for."""
+    rng = np.random.default_rng(seed)
+    profile = fitted(autoregressive(1500, 0, rng), ordered)
+    measured = run_length(profile, autoregressive(20_000, 0, rng), 1)
+    assert measured >= 0.5 * TARGET
+    assert ordered or measured <= 3 * TARGET
+
+
+def test_the_run_that_stays_together_follows_the_autocorrelation() -> None:
+    """A few samples where they are independent, five times the integrated autocorrelation time where not."""
+    rng = np.random.default_rng(5)
+    assert dependent_run(autoregressive(4000, 0, rng)) == 5
+    assert 60 <= dependent_run(autoregressive(4000, 0.9, rng)) <= 110
+    assert dependent_run(np.zeros((200, 1, 4), np.float32)) == 5
+
+
+def test_runs_stay_together_and_nothing_comes_twice_before_all_have_come() -> None:
+    """A stream is a sequence of stretches, each in order."""
+    vectors = np.arange(60, dtype=np.float32).reshape(60, 1, 1)
+    pool = Pool(vectors, np.zeros(60, np.float32), run=10)
+    orders = pool.orders(3, np.random.default_rng(6))
+    rows: npt.NDArray[np.intp] = np.stack([next(orders) for _ in range(60)])
+    for stream in rows.T:
+        assert sorted(stream.tolist()) == list(range(60))
+        assert (np.diff(stream) % 60 == 1).sum() >= 54
+
+
+def test_few_samples_are_met_with_prudence_and_rare_ones_with_more() -> None:
+    """The tail is extrapolated beyond all that was seen, and steeper beyond what so many samples can tell."""
+    assert prudence(100) > 5 > prudence(700) > prudence(3000) > 1
+    tail = np.random.default_rng(7).exponential(0.1, 1000).astype(np.float32)
+    thresholds = tail_thresholds(tail, ARLS)
+    exact = 0.1 * np.log(ARLS / 0.1)
+    assert (thresholds >= tail.max()).all()
+    within = ARLS <= 1000
+    assert np.abs(thresholds[within] - exact[within]).max() < 0.35
+    assert (thresholds[~within] > exact[~within] + 0.2 * np.log(ARLS[~within] / 1000)).all()
+
+
+def test_offsets_are_as_wide_as_the_error_of_the_fitted_mean() -> None:
+    """The mean of 400 white vectors is off by a twentieth of a standard deviation."""
+    vectors = np.random.default_rng(8).standard_normal((400, 2, 8)).astype(np.float32)
+    pool = Pool(vectors, np.zeros(400, np.float32), fitted=400)
+    assert pool.offsets(500, np.random.default_rng(9)).std() == pytest.approx(1 / 20, rel=0.1)
+    assert not pool.offsets(500, np.random.default_rng(9)).mean() > 0.01
+    assert not Pool(vectors, pool.oddness).offsets(3, np.random.default_rng(9)).any()
+
+
+def test_fitting_leaves_torch_its_threads() -> None:
+    """Calibration sets no global number of threads."""
+    before = torch.get_num_threads()
+    fitted(autoregressive(200, 0, np.random.default_rng(10)), ordered=False)
+    assert torch.get_num_threads() == before
