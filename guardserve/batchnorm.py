@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -35,7 +36,7 @@ def batchnorm_layers(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:
             yield name, module
 
 
-def has_running_stats(layer: BatchNorm) -> bool:
+def has_running_stats(layer: BatchNorm | GraphBatchNorm) -> bool:
     """Tell whether a layer has running statistics to compare with (a lazy one has none before its first input)."""
     return (
         isinstance(layer.running_mean, torch.Tensor)
@@ -93,6 +94,57 @@ class FusedBatchNorm(nn.Module):
         return f"{len(self.running_mean)}, eps={self.eps}"
 
 
+class GraphBatchNorm(nn.Module):
+    """Marks a batch normalisation in a traced graph: the graph hands it the input, which it hands on unchanged.
+
+    It has the layer's constants as the graph's module has them, but holds none itself.
+
+    Args:
+        owner: The graph's module.
+        targets: Attributes of it that hold ``running_mean``, ``running_var``, ``weight`` and ``bias``; None where the
+            layer has none.
+        eps: The layer's epsilon.
+    """
+
+    def __init__(self, owner: nn.Module, targets: Mapping[str, str | None], eps: float) -> None:
+        super().__init__()
+        self.training = False
+        self.eps = eps
+        self._source = (owner, dict(targets))  # in a tuple, or the owner would be a child of its child
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - BatchNorm's own name for it
+        """Return the input."""
+        return input
+
+    @property
+    def running_mean(self) -> torch.Tensor | None:
+        """The layer's, as for the next three."""
+        return self._constant("running_mean")
+
+    @property
+    def running_var(self) -> torch.Tensor | None:
+        """Its running variance."""
+        return self._constant("running_var")
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """Its weight."""
+        return self._constant("weight")
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Its bias."""
+        return self._constant("bias")
+
+    def _constant(self, name: str) -> torch.Tensor | None:
+        owner, targets = self._source
+        target = targets[name]
+        if target is None:
+            return None
+        value: object = functools.reduce(getattr, target.split("."), owner)
+        return value if isinstance(value, torch.Tensor) else None
+
+
 UNOBSERVABLE_WEIGHT = 1e-6
 """A fused channel whose ``|weight|`` is at most this carries no more information about ``z`` than rounding does."""
 
@@ -102,15 +154,15 @@ class ObservationPoint:
     """A place in a model where what a BatchNorm normalisation sees can be read: the input of ``layer``.
 
     A monitor knows only observation points. In an eager model there is one at each BatchNorm layer; fusion
-    leaves one behind.
+    leaves one behind; in a traced graph they are put where it normalises.
 
     Attributes:
         name: Qualified name of the layer in the model.
-        layer: The layer, or what is left of it after fusion.
+        layer: The layer, or what is left of it after fusion, or what marks it in a graph.
     """
 
     name: str
-    layer: BatchNorm | FusedBatchNorm
+    layer: BatchNorm | FusedBatchNorm | GraphBatchNorm
 
     @property
     def affine(self) -> tuple[torch.Tensor, torch.Tensor]:

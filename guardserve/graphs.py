@@ -6,12 +6,15 @@ argument of the operator: a constant True there stays, whatever ``eval()`` says.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from guardserve.batchnorm import GraphBatchNorm
 
 # position of the training argument, by operator; None where the operator always trains
 _FX_OPERATORS: dict[str, int | None] = {
@@ -26,8 +29,10 @@ _FX_OPERATORS: dict[str, int | None] = {
     "aten._batch_norm_with_update": None,
     "aten._batch_norm_with_update_functional": None,
 }
+_EPSILON = {name: 7 for name, training in _FX_OPERATORS.items() if training == 5}  # noqa: PLR2004 - see above
+_EPSILON["aten._native_batch_norm_legit_no_training"] = 6
 _NEVER_TRAINS = "aten._native_batch_norm_legit_no_training"
-_SCRIPT_OPERATORS = ("aten::batch_norm", "aten::native_batch_norm", "aten::_batch_norm_impl_index")
+SCRIPT_OPERATORS = ("aten::batch_norm", "aten::native_batch_norm", "aten::_batch_norm_impl_index")
 _SCRIPT_TRAINING = 5
 
 
@@ -63,12 +68,81 @@ def graph_norms(model: nn.Module) -> Iterator[GraphNorm]:
             yield from _fx_norms(module, name)
 
 
+class GraphMarks:
+    """Marks every batch normalisation of the ``torch.fx`` graphs in a model that can be read, until it is closed.
+
+    Attributes:
+        layers: The marks, by the qualified name of the layer as :func:`graph_norms` tells it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: dict[str, GraphBatchNorm] = {}
+        self._graphs: list[tuple[fx.GraphModule, list[str]]] = []
+        for prefix, module in list(model.named_modules()):
+            if isinstance(module, fx.GraphModule):
+                self._mark(module, prefix)
+
+    def close(self) -> None:
+        """Take every mark out again."""
+        for module, marks in self._graphs:
+            for node in [node for node in module.graph.nodes if node.op == "call_module" and node.target in marks]:
+                node.replace_all_uses_with(node.args[0])
+                module.graph.erase_node(node)
+            for mark in marks:
+                module.delete_submodule(mark)
+            module.recompile()
+        self._graphs.clear()
+
+    def _mark(self, module: fx.GraphModule, prefix: str) -> None:
+        marks: dict[str, str] = {}
+        for node in _fx_norm_nodes(module):
+            constants = _fx_constants(node)
+            if constants is None:
+                continue
+            targets, eps = constants
+            x: Any = node.args[0]
+            own = _fx_name(node)
+            name = _join(prefix, own)
+            if own not in marks:
+                marks[own] = f"_guardserve_{len(marks)}"
+                self.layers[name] = GraphBatchNorm(module, targets, eps)
+                module.add_submodule(marks[own], self.layers[name])
+            with module.graph.inserting_before(node):
+                mark = module.graph.call_module(marks[own], (x,))
+            node.replace_input_with(x, mark)
+        if marks:
+            self._graphs.append((module, list(marks.values())))
+            module.recompile()
+
+
+def _fx_constants(node: fx.Node) -> tuple[dict[str, str | None], float] | None:
+    """Return the attributes that hold a normalisation's constants, and its epsilon; None if it cannot be read."""
+    arguments = node.args
+    if node.target is nn.functional.batch_norm:
+        bound = inspect.signature(nn.functional.batch_norm).bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        values = [given["running_mean"], given["running_var"], given["weight"], given["bias"]]
+        eps = given["eps"]
+    else:
+        position = _EPSILON.get(_operator(node))
+        if position is None or len(arguments) <= position:
+            return None
+        values, eps = [arguments[3], arguments[4], arguments[1], arguments[2]], arguments[position]
+    targets: dict[str, str | None] = {}
+    for name, value in zip(("running_mean", "running_var", "weight", "bias"), values, strict=True):
+        if value is not None and not (isinstance(value, fx.Node) and value.op == "get_attr"):
+            return None
+        targets[name] = None if value is None else str(value.target)
+    return (targets, float(eps)) if targets["running_mean"] and targets["running_var"] else None
+
+
 def _script_norms(module: torch.jit.ScriptModule, prefix: str) -> Iterator[GraphNorm]:
     graph: Any = getattr(module, "inlined_graph", None)
     if graph is None:
         return
     itself, *inputs = (value.debugName() for value in graph.inputs())
-    for operator in _SCRIPT_OPERATORS:
+    for operator in SCRIPT_OPERATORS:
         for node in graph.findAllNodes(operator, recurse=True):
             values = list(node.inputs())
             if _script_depends(values[0], itself, set(inputs)):
@@ -109,20 +183,32 @@ def _script_name(values: list[Any]) -> str:
 
 
 def _fx_norms(module: fx.GraphModule, prefix: str) -> Iterator[GraphNorm]:
-    placeholders = {node for node in module.graph.nodes if node.op == "placeholder"}
-    for node in module.graph.nodes:
-        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-            continue
-        target = str(node.target).removesuffix(".default")
+    for node in _fx_norm_nodes(module):
+        target = _operator(node)
         if node.target is nn.functional.batch_norm:
             trains = node.kwargs.get("training", node.args[5] if len(node.args) > 5 else False) is True  # noqa: PLR2004
-        elif target in _FX_OPERATORS:
+        else:
             position = _FX_OPERATORS[target]
             trains = target != _NEVER_TRAINS if position is None else node.args[position] is True
-        else:
-            continue
-        if _fx_depends(node.args[0], placeholders):
-            yield GraphNorm(_join(prefix, _fx_name(node)), target, trains)
+        yield GraphNorm(_join(prefix, _fx_name(node)), target, trains)
+
+
+def _fx_norm_nodes(module: fx.GraphModule) -> list[fx.Node]:
+    """List the nodes that normalise what depends on the graph's inputs."""
+    placeholders = {node for node in module.graph.nodes if node.op == "placeholder"}
+    return [
+        node
+        for node in module.graph.nodes
+        if node.op == "call_function"
+        and node.args
+        and isinstance(node.args[0], fx.Node)
+        and (node.target is nn.functional.batch_norm or _operator(node) in _FX_OPERATORS)
+        and _fx_depends(node.args[0], placeholders)
+    ]
+
+
+def _operator(node: fx.Node) -> str:
+    return str(node.target).removesuffix(".default")
 
 
 def _fx_depends(node: fx.Node, placeholders: set[fx.Node]) -> bool:

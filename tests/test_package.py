@@ -17,7 +17,8 @@ ROOT = Path(guardserve.__file__).parent
 # from the ground up; rooms of one level do not import each other
 LEVELS = (
     {"exceptions"},
-    {"signature", "batchnorm", "graphs", "stats", "nonfinite"},
+    {"signature", "batchnorm", "stats", "nonfinite"},
+    {"graphs"},
     {"modes", "buffers", "decoration", "gradients", "outputs"},
     {"tracing"},
     {"fusion", "guard", "loading", "settings", "monitor", "logs", "traces"},

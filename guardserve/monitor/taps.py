@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from guardserve.batchnorm import CHANNEL_AXIS, ObservationPoint, batchnorm_layers, observation_points
-from guardserve.graphs import graph_norms
+from guardserve.graphs import SCRIPT_OPERATORS, GraphMarks, graph_norms
 from guardserve.monitor.compiled import Inbox, Traced, exporting, hand_over, per_sample, read_in_graph, uncompiled
 from guardserve.monitor.reading import VALUES, Plan, Reading, Rows, read, side_by_side
 from guardserve.monitor.workspace import MOST_VALUES, Place, Slot, Workspace, fits
@@ -229,6 +229,7 @@ class Taps:
         self._no_slots: list[Slot | None] = []
         self._taps: list[_Tap] = []
         self._handles: list[Any] = []
+        self._marks: GraphMarks | None = None
         try:
             self._attach(model)
         except BaseException:
@@ -245,10 +246,14 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._marks is not None:
+            self._marks.close()
 
     def _attach(self, model: nn.Module) -> None:
         model = getattr(model, "_orig_mod", model)  # hooks of a compiled model are those of what it was made from
         self.points.extend(observation_points(model))
+        self._marks = GraphMarks(model)
+        self.points.extend(ObservationPoint(name, layer) for name, layer in self._marks.layers.items())
         self._no_slots += [None] * len(self.points)
         for index, point in enumerate(self.points):
             tap = _Tap(index, point)
@@ -260,7 +265,12 @@ class Taps:
             if name not in observed:
                 self._unobserved[name] = "it keeps no running statistics (track_running_stats=False)"
         for norm in graph_norms(model):
-            self._unobserved[norm.name] = "a traced or exported graph takes no hooks"
+            if norm.name not in observed:
+                self._unobserved[norm.name] = (
+                    "it is in a TorchScript graph, which takes no hooks: export the model with torch.export instead"
+                    if norm.operator in SCRIPT_OPERATORS
+                    else "its constants are no attributes of the graph's module"
+                )
         if self.points:
             with torch.inference_mode(mode=False):
                 device = next((tap.anchor.device for tap in self._taps if tap.anchor is not None), torch.device("cpu"))
