@@ -118,6 +118,7 @@ class Inference:
         self._patrolling = False
         self._arrivals = 0
         self._arrivals_seen = 0
+        self._alone = False
 
     def start(self) -> None:
         """Start the engine, which probes the model; call it on the event loop."""
@@ -205,9 +206,11 @@ class Inference:
         if not self._patrolling:
             self._patrolling = True
             loop.call_later(PATROL_INTERVAL, self._patrol)
-        if self._arrivals == 0:
+        if self._alone:  # nothing came with the last one, so nothing is waited for now
+            self._engine.wake()
+        elif self._arrivals == 0:
             loop.call_soon(self._hand_over)
-        self._arrivals += 1
+        self._arrivals += not self._alone
         return job
 
     def _timeout(self, request: InferRequest) -> tuple[float | None, bool]:
@@ -245,6 +248,7 @@ class Inference:
                 self._loop.call_soon_threadsafe(self._settle, jobs)
 
     def _settle(self, jobs: Sequence[Any]) -> None:
+        self._alone = len(jobs) == 1 == len(self._pending)
         for job in jobs:
             self._metrics.queue.observe(job.began_at - job.queued_at)
             job.settle("done")

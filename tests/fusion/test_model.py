@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import io
 import logging
@@ -26,11 +27,12 @@ from guardserve import (
     Monitor,
     NonFiniteOutputError,
     TrainingModeError,
-    cli,
     fuse,
     fusion_report,
 )
 from guardserve.batchnorm import FusedBatchNorm, batchnorm_layers
+from guardserve.cli import main
+from guardserve.exceptions import GuardserveError
 from guardserve.fusion import check_fused
 from guardserve.metrics import Metrics
 from guardserve.monitor import LayerShift
@@ -389,10 +391,14 @@ def test_the_command_line_serves_the_fused_copy_only_when_told_to(
 ) -> None:
     """With --fuse every norm of the demo is served fused, and without it as it is."""
     served: list[Runtime] = []
-    monkeypatch.setattr(cli, "create_app", lambda runtime, **_: served.append(runtime))
-    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
-    result = CliRunner().invoke(cli.main, ["serve", "demo", *arguments])
-    assert result.exit_code == 0, result.output
+
+    def stop(runtime: Runtime, **_: object) -> None:
+        served.append(runtime)
+        raise GuardserveError("far enough")
+
+    monkeypatch.setattr(importlib.import_module("guardserve.cli.serve"), "create_app", stop)
+    result = CliRunner().invoke(main, ["serve", "demo", *arguments])
+    assert "far enough" in result.output
     (runtime,) = served
     layers = sum(isinstance(module, FusedBatchNorm) for module in runtime.guard.module.modules())
     assert layers == (len(runtime.monitor.layers) if arguments else 0)
