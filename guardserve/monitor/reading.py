@@ -20,7 +20,11 @@ import numpy.typing as npt
 import torch
 
 VALUES = 8192
-"""Values that are read of each sample at each layer, about, unless told otherwise."""
+"""Values that are read of each sample at each layer, about, unless told otherwise.
+
+Of MobileNetV2's 17,056 channels on a photo, the means over positions are then 0.15 running standard deviations off in
+the middle layer and 0.4 in the worst (root mean square), where photos differ by 0.33; 0 on average over forwards.
+"""
 
 MIN_POSITIONS = 16
 """Positions that are read at least, however many channels a layer has."""
