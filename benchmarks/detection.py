@@ -1,16 +1,10 @@
-"""How soon a shift is seen: median samples until the alarm, for three detectors with the same rate of false alarms.
+"""How soon weak and strong shifts of the demo's digits are seen, at the same measured rate of false alarms.
 
-    python benchmarks/detection.py [--arl 1000] [--streams 40] [--reference 1200]
+    python benchmarks/detection.py [--arl 1000] [--streams 48] [--reference 1500]
 
 The model is the demo's; its digits, those that it was not trained on, are moved a little each time that one is drawn,
-so that clean samples never run out. All three are charts with the same weights, and get what they know of clean data
-from the same reference. For the table each threshold is set on clean samples of which the detectors have seen none,
-so that all have the same false-alarm rate; a second such set measures it. What guardserve alone promises, the rate at
-the threshold that its profile sets from the reference, is printed below.
-
-- guardserve: whitened sketches of every BatchNorm layer.
-- unwhitened: the same features of every layer, standardised only.
-- softmax: the ten class probabilities, whitened (black-box shift detection, Rabanser et al. 2019).
+so that clean samples never run out. The detectors are those of detectors.py; one that is not installed is left out.
+What guardserve alone promises, the rate at the thresholds that its profile sets from the reference, is printed below.
 """
 
 from __future__ import annotations
@@ -19,24 +13,18 @@ import argparse
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import torch
+from detectors import Seen, compare, guardserve, mewma, orders, peers, see, show, whitened_layers
 from torch import nn
 
 from guardserve.demo.digits import SHIFTS, blurred, brighter, faded, load_digits, noisy
 from guardserve.demo.model import digits_cnn
 from guardserve.monitor import ReferenceProfile
-from guardserve.monitor.calibration import Levels, find_levels, largest_evidence
-from guardserve.monitor.chart import Chart
-from guardserve.monitor.encoding import Whitening, shorten
-from guardserve.monitor.features import Array, FeatureReader, execution_order
-from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.calibration import mean_run_length
 
-CLEAN_BEFORE, LONGEST = 100, 600
-POOL = 8000
-"""Clean samples that set a threshold, and as many that measure it."""
+POOL, SHIFTED = 8000, 1000
+"""Clean samples that set a threshold, and as many that measure it; samples of each shift."""
 
 
 class Digits:
@@ -93,122 +81,36 @@ TABLE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 } | {f"demo: {name}": shift for name, shift in SHIFTS.items()}
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What the model shows of samples: features of its layers, and class probabilities."""
-
-    features: Array
-    softmax: Array
-
-
-def see(model: nn.Module, images: torch.Tensor) -> Seen:
-    """Run the model over images."""
-    records: list[Record] = []
-    taps = Taps(model, records.append)
-    with torch.inference_mode():
-        softmax = torch.cat([model(batch).softmax(1) for batch in torch.split(images, 500)]).numpy()
-    taps.close()
-    order = execution_order(records[0])
-    return Seen(FeatureReader([taps.points[i] for i in order], order).read(records), softmax)
-
-
-@dataclass(frozen=True)
-class Rival:
-    """A way to turn what is seen into vectors for the charts."""
-
-    dimensions: tuple[int, ...]
-    vectors: Callable[[Seen], Array]
-
-
-def rivals(profile: ReferenceProfile, reference: Seen) -> dict[str, Rival]:
-    """Fit each detector to the reference."""
-    channels, centre = profile.sketch.channels, reference.features.mean(0)
-    spread, total = np.maximum(reference.features.std(0), 1e-3), sum(profile.sketch.channels)
-    starts = np.cumsum((0, *channels))
-
-    def unwhitened(seen: Seen) -> Array:
-        z = np.clip((seen.features - centre) / spread, -8, 8)
-        out = np.zeros((len(z), len(channels), 2 * max(channels)), np.float32)
-        for layer, (start, count) in enumerate(zip(starts, channels, strict=False)):
-            out[:, layer, :count] = z[:, start : start + count]
-            out[:, layer, count : 2 * count] = z[:, total + start : total + start + count]
-        return out
-
-    softmax = Whitening.fit(reference.softmax[:, None], [10])
-    return {
-        "guardserve": Rival(
-            profile.sketch.dimensions, lambda seen: shorten(profile.encode(seen.features)[1], profile.radius)
-        ),
-        "unwhitened": Rival(tuple(2 * count for count in channels), unwhitened),
-        "softmax": Rival((10,), lambda seen: softmax.apply(seen.softmax[:, None])),
-    }
-
-
-def run_length(pool: Array, rival: Rival, levels: Levels, threshold: float, arl: float) -> float:
-    """Measure the average run length on clean vectors."""
-    horizon = round(arl)
-    largest = evidence(pool, rival, levels, horizon)
-    return -horizon / math.log1p(-((largest >= threshold).sum() + 0.5) / (len(largest) + 1))
-
-
-def evidence(pool: Array, rival: Rival, levels: Levels, horizon: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Return the largest evidence of each of 256 clean streams."""
-    rng = np.random.default_rng(1)
-    found: np.ndarray[tuple[int], np.dtype[np.float64]] = largest_evidence(
-        [pool], rival.dimensions, levels, streams=256, horizons=[horizon], rng=rng
-    )[0]
-    return found
-
-
-def delay(clean: Array, shifted: Array, rival: Rival, levels: Levels, *, threshold: float, streams: int) -> float:
-    """Return the median number of shifted samples until the alarm; infinity if most streams give none."""
-    rng = np.random.default_rng(2)
-    chart = Chart(streams, rival.dimensions, clean.shape[2])
-    for _ in range(CLEAN_BEFORE):
-        chart.step(clean[rng.integers(0, len(clean), streams)])
-    found = np.full(streams, math.inf)
-    for step in range(1, LONGEST + 1):
-        statistic = chart.step(shifted[rng.integers(0, len(shifted), streams)])
-        alarmed = levels.evidence(statistic).max((1, 2)) >= threshold
-        found[alarmed & np.isinf(found)] = step
-    return float(np.median(found))
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--arl", type=float, default=1000, help="samples between false alarms")
-    parser.add_argument("--streams", type=int, default=40, help="streams of each shift")
-    parser.add_argument("--reference", type=int, default=1200, help="samples of the reference")
+    parser.add_argument("--streams", type=int, default=48, help="streams of each shift; slow peers get a sixth")
+    parser.add_argument("--reference", type=int, default=1500, help="samples of the reference")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     torch.set_num_threads(1)
     digits, model = Digits(), digits_cnn().eval()
+
+    def shown(images: torch.Tensor) -> Seen:
+        return see(model, torch.split(images, 500), "head")
+
     images = digits.draw(arguments.reference, 1)
     profile = ReferenceProfile.fit(model, torch.split(images, 100), target_arl=arguments.arl)
-    setting, measuring = see(model, digits.draw(POOL, 2)), see(model, digits.draw(POOL, 3))
-    shifted = {name: see(model, shift(digits.draw(2000, 4))) for name, shift in TABLE.items()}
+    reference, clean = shown(images), (shown(digits.draw(POOL, 2)), shown(digits.draw(POOL, 3)))
+    shifted = {name: shown(shift(digits.draw(SHIFTED, 4))) for name, shift in TABLE.items()}
     for classes in ((1, 7), (0, 2, 4, 6, 8)):
-        name = "only " + ", ".join(map(str, classes))
-        shifted[name] = see(model, digits.draw(2000, 5, classes))
-    fitted = rivals(profile, see(model, images))
-    columns: dict[str, list[str]] = {"": ["clean: mean samples to a false alarm", *shifted]}
-    for name, rival in fitted.items():
-        levels = find_levels([rival.vectors(setting)], rival.dimensions, np.random.default_rng(0))
-        clean, horizon = rival.vectors(measuring), round(arguments.arl)
-        threshold = float(np.quantile(evidence(rival.vectors(setting), rival, levels, horizon), math.exp(-1)))
-        cells = [f"{run_length(clean, rival, levels, threshold, arguments.arl):.0f}"]
-        for seen in shifted.values():
-            median = delay(clean, rival.vectors(seen), rival, levels, threshold=threshold, streams=arguments.streams)
-            cells.append(f"{median:.0f}" if math.isfinite(median) else f"> {LONGEST}")
-        columns[name] = cells
-    print(f"median samples until the alarm, {arguments.streams} streams, one false alarm in {arguments.arl:.0f}\n")
-    print("| | " + " | ".join(fitted) + " |\n|---|" + "---|" * len(fitted))
-    for row in zip(*columns.values(), strict=True):
-        print("| " + " | ".join(row) + " |")
-    own = fitted["guardserve"]
-    promised = run_length(own.vectors(measuring), own, profile.levels, profile.threshold(arguments.arl), arguments.arl)
+        shifted["only " + ", ".join(map(str, classes))] = shown(digits.draw(SHIFTED, 5, classes))
+    rivals = {
+        "guardserve": guardserve(profile, arguments.arl),
+        "whitened": mewma(whitened_layers(reference, profile.sketch.channels)),
+        **dict(peers(reference, arguments.arl)),
+    }
+    rows = compare(rivals, clean, shifted, arguments.arl, arguments.streams)
+    show(rows, list(shifted), arguments.arl)
+    own = rivals["guardserve"]([(clean[1], orders(POOL, round(arguments.arl), 256, 4))])
+    promised = mean_run_length(int((own >= 1).any(0).sum()), own.shape[1], len(own))
     print(
         f"\nguardserve's own threshold, from {profile.samples} samples, for one in {arguments.arl:.0f}: "
         f"one in {promised:.0f} on {POOL} fresh samples; its profile says {profile.measured_arl.mean:.0f} "
