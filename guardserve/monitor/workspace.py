@@ -52,6 +52,9 @@ class Slot:
 
     def take(self, x: torch.Tensor, turn: int) -> None:
         """Copy a cell of an activation."""
+        if not self.plan.axes:
+            torch.sub(x, self.anchor, out=self.out)
+            return
         cell = self.plan.cell(turn)
         view = x.as_strided(cell.turned_size, cell.turned_stride, x.storage_offset() + cell.offset)
         torch.sub(view, self.anchor, out=self.out)
