@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ class Runtime:
         static_batch: The only batch size that the model takes, None when it takes any.
         apart: Why samples of different requests must not share a forward; None when they may.
         monitor: The monitor on its BatchNorm layers.
+        scores: Whether that can say how odd a single sample is.
         nonfinite: Samples with a non-finite value, by ``("input" | "output", name)``.
     """
 
@@ -108,6 +110,7 @@ class Runtime:
             reference=reference,
             target_arl=target_arl,
         )
+        self.scores = reference is not None
         self.nonfinite: Counter[tuple[str, str]] = Counter()
         self._counting = threading.Lock()
         self._held = False
@@ -176,19 +179,25 @@ class Runtime:
             raise self.nonfinite_outputs(result.outputs, tensors)[0]
         return result.outputs
 
-    def forward(self, tensors: Sequence[torch.Tensor]) -> Forward:
+    def forward(self, tensors: Sequence[torch.Tensor], *, score: bool = False) -> Forward:
         """Run the model once, whatever values come and go.
 
         Args:
             tensors: One for each input of the signature, in its order, batch first, on any device.
+            score: Whether the monitor is to say at once how odd it finds each sample; it needs a reference profile.
 
         Raises:
             ModelOutputError: If an output cannot be served, as when it has not one row for each sample.
             TrainingModeError: If the forward moved running statistics; see :class:`guardserve.EvalGuard`.
         """
-        outputs = named_outputs(self.guard.run(*self._placed(tensors)), len(tensors[0]))
+        rows = len(tensors[0])
+        scores: list[float] = []
+        with self.monitor.scoring() if score else nullcontext(scores) as scores:
+            output = self.guard.run(*self._placed(tensors))
+        outputs = named_outputs(output, rows)
         finite = all(map(is_finite, outputs.values()))
-        return Forward({name: tensor.to("cpu") for name, tensor in outputs.items()}, finite)
+        p_values = scores if len(scores) == rows else None  # a forward that did not pass each layer is not judged
+        return Forward({name: tensor.to("cpu") for name, tensor in outputs.items()}, finite, p_values)
 
     def nonfinite_inputs(self, tensors: Sequence[torch.Tensor]) -> list[NonFinite]:
         """Find and count the inputs of one request that hold NaN or infinity."""

@@ -62,7 +62,7 @@ class Batch:
         tensors = _joined(jobs)
         if not all(map(is_finite, tensors)):
             return self._without_nonfinite(jobs)
-        forward = self._forward(tensors)
+        forward = self._forward(tensors, score=any(job.score for job in jobs))
         if len(jobs) == 1:
             return [self._share(jobs[0], forward)]
         results, start = [], 0
@@ -91,10 +91,10 @@ class Batch:
         errors = self._runtime.nonfinite_outputs(outputs, job.inputs)
         return Result(outputs, errors, forward.p_values) if job.allow_nonfinite else Result.failed(errors[0])
 
-    def _forward(self, tensors: Sequence[torch.Tensor]) -> Forward:
+    def _forward(self, tensors: Sequence[torch.Tensor], *, score: bool) -> Forward:
         rows = len(tensors[0])
         try:
-            return self._timed(tensors)
+            return self._timed(tensors, score=score)
         except torch.cuda.OutOfMemoryError as error:
             self._count("out_of_memory")
             cause = error
@@ -102,16 +102,17 @@ class Batch:
             raise OutOfMemoryError(f"the device's memory does not suffice for {rows} rows") from cause
         torch.cuda.empty_cache()
         try:
-            halves = [self._timed([t[part] for t in tensors]) for part in (slice(rows // 2), slice(rows // 2, None))]
+            parts = (slice(rows // 2), slice(rows // 2, None))
+            halves = [self._timed([tensor[part] for tensor in tensors], score=score) for part in parts]
         except torch.cuda.OutOfMemoryError as error:
             self._count("out_of_memory")
             raise OutOfMemoryError(f"the device's memory does not suffice for half of {rows} rows") from error
         return _whole(halves)
 
-    def _timed(self, tensors: Sequence[torch.Tensor]) -> Forward:
+    def _timed(self, tensors: Sequence[torch.Tensor], *, score: bool) -> Forward:
         self._begin(len(tensors[0]))
         try:
-            return self._runtime.forward(tensors)
+            return self._runtime.forward(tensors, score=score)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:

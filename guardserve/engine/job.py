@@ -34,7 +34,7 @@ class Result(NamedTuple):
     Attributes:
         outputs: Its rows of every output by name, on the CPU; empty when it failed.
         nonfinite: For each output with NaN or infinity, what and where; only of a request that allows them.
-        p_values: How odd the monitor finds each row; None when it cannot tell.
+        p_values: How odd the monitor finds each row; None when nobody has asked, or it cannot tell.
         error: Why it failed.
     """
 
@@ -57,6 +57,7 @@ class Job:
     Args:
         inputs: One tensor for each input of the model, in order, batch first, on the CPU.
         allow_nonfinite: Whether outputs with NaN or infinity are its answer rather than its failure.
+        score: Whether the monitor is to say how odd it finds each row.
 
     Attributes:
         rows: Number of its samples.
@@ -66,10 +67,11 @@ class Job:
         result: What came of it, once it is done.
     """
 
-    __slots__ = ("allow_nonfinite", "began_at", "inputs", "queued_at", "result", "rows", "shape", "state")
+    __slots__ = ("allow_nonfinite", "began_at", "inputs", "queued_at", "result", "rows", "score", "shape", "state")
 
-    def __init__(self, inputs: Sequence[torch.Tensor], *, allow_nonfinite: bool = False) -> None:
+    def __init__(self, inputs: Sequence[torch.Tensor], *, allow_nonfinite: bool = False, score: bool = False) -> None:
         self.inputs = inputs
+        self.score = score
         self.allow_nonfinite = allow_nonfinite
         self.rows = len(inputs[0])
         self.shape = tuple([(tensor.dtype, tensor.shape[1:]) for tensor in inputs])

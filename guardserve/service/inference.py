@@ -44,6 +44,7 @@ POLICIES = ("error", "flag")
 ON_NONFINITE = "guardserve_on_nonfinite"
 NONFINITE_STRINGS = "guardserve_nonfinite_strings"
 NONFINITE = "guardserve_nonfinite"
+P_VALUES = "guardserve_p_values"
 
 NOTHING: Mapping[str, object] = MappingProxyType({})
 
@@ -62,9 +63,15 @@ class Pending(Job):
     __slots__ = ("arrived", "deadline", "outcome", "receive", "watch")
 
     def __init__(
-        self, inputs: Sequence[torch.Tensor], receive: Receive, deadline: float | None, *, allow_nonfinite: bool
+        self,
+        inputs: Sequence[torch.Tensor],
+        receive: Receive,
+        deadline: float | None,
+        *,
+        allow_nonfinite: bool,
+        score: bool,
     ) -> None:
-        super().__init__(inputs, allow_nonfinite=allow_nonfinite)
+        super().__init__(inputs, allow_nonfinite=allow_nonfinite, score=score)
         self.arrived = time.monotonic()
         self.deadline = deadline
         self.receive = receive
@@ -177,6 +184,12 @@ class Inference:
 
     def _write(self, result: Result, request: InferRequest) -> Answer:
         found = "; ".join(map(str, result.nonfinite))
+        parameters = NOTHING
+        if found:
+            parameters = {NONFINITE: found}
+        if request.parameters.get(P_VALUES) and result.p_values is not None:
+            # the protocol's parameters are scalars
+            parameters = {**parameters, P_VALUES: " ".join(f"{value:.6g}" for value in result.p_values)}
         strings = json_member(request.parameters, NONFINITE_STRINGS, bool, "the request's parameters") or False
         try:
             body, headers = render_response(
@@ -184,7 +197,7 @@ class Inference:
                 request,
                 model_name=self._runtime.name,
                 model_version=self._model_version,
-                parameters={NONFINITE: found} if found else NOTHING,
+                parameters=parameters,
                 nonfinite_strings=strings,
             )
         except ProtocolError as error:
@@ -198,7 +211,13 @@ class Inference:
         loop = asyncio.get_running_loop()
         timeout, own = self._timeout(request)
         deadline = None if timeout is None else time.monotonic() + timeout
-        job = Pending(list(request.inputs.values()), receive, deadline, allow_nonfinite=self._flags(request))
+        job = Pending(
+            list(request.inputs.values()),
+            receive,
+            deadline,
+            allow_nonfinite=self._flags(request),
+            score=self._scores(request),
+        )
         self._engine.submit(job)
         self._pending[job] = None
         if own and timeout is not None:
@@ -230,6 +249,13 @@ class Inference:
         if policy not in POLICIES:
             raise ProtocolError(f"{ON_NONFINITE} of the request's parameters is {shown(policy)}, not error or flag")
         return policy == "flag"
+
+    def _scores(self, request: InferRequest) -> bool:
+        """Tell whether the request asks how odd its samples are."""
+        asked = json_member(request.parameters, P_VALUES, bool, "the request's parameters") or False
+        if asked and not self._runtime.scores:
+            raise ProtocolError(f"{P_VALUES} of the request's parameters needs a server with a reference profile")
+        return asked
 
     def _hand_over(self) -> None:
         """Wake the engine once a round of the loop has brought nothing new."""

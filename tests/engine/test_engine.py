@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from serving import loaded, wait_until
 from torch import nn
 
+from guardserve import ReferenceProfile
 from guardserve.engine import DeviceError, Engine, ForwardTimeoutError, Job, OutOfMemoryError, QueueFullError, Result
 from guardserve.exceptions import InputError, ModelOutputError, NonFiniteOutputError
 from guardserve.runtime import Runtime
@@ -281,6 +282,33 @@ def test_two_hanging_forwards_leave_the_model_unready_until_one_ends() -> None:
 def workers() -> list[threading.Thread]:
     """Return the threads that run forwards."""
     return [thread for thread in threading.enumerate() if thread.name == "guardserve-forward"]
+
+
+def test_p_values_come_with_the_rows_of_the_request_that_asked() -> None:
+    """Joined with others, a clean row and an odd one keep their own; without a wish there are none."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 8), nn.BatchNorm1d(8))
+    torch.manual_seed(0)
+    profile = ReferenceProfile.fit(model, [torch.randn(500, 3)], target_arl=1000)
+    runtime = Runtime(loaded(model), reference=profile, target_arl=1000)
+    engine = Engine(runtime, lambda _: None)
+    started = threading.Event()
+    engine.start(started.set)
+    assert started.wait(30)
+    try:
+        usual, odd = torch.full((2, 3), 0.1), torch.full((1, 3), 30.0)
+        jobs = [Job([usual], score=True), Job([odd], score=True), Job([usual])]
+        for job in jobs:
+            engine.submit(job)
+        engine.wake()
+        of_usual, of_odd, _ = (result.p_values for result in finished(jobs))
+        assert of_usual is not None
+        assert of_odd is not None
+        assert (len(of_usual), len(of_odd)) == (2, 1)
+        assert of_odd[0] < min(of_usual)
+        assert results(engine, usual)[0].p_values is None
+    finally:
+        engine.close(5)
+        runtime.close()
 
 
 def test_closing_answers_everything_that_was_accepted() -> None:

@@ -14,11 +14,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import metric, serving
+from serving import loaded, metric, serving, wait_until
 from torch import nn
 
-from guardserve import __version__
+from guardserve import ReferenceProfile, __version__
 from guardserve.metrics import REASONS
+from guardserve.runtime import Runtime
+from guardserve.service.app import create_app
+from guardserve.service.background import serve_in_background
 from guardserve.signature import TensorSpec
 
 INFER = "/v2/models/net/infer"
@@ -378,3 +381,22 @@ def test_infinity_is_written_with_its_sign() -> None:
     with serving(Odd(lambda x: x / (x.abs() != 9))) as client:
         answer = client.post(INFER, json=body([9.0, -9.0, 0.0]) | {"parameters": parameters})
         assert answer.json()["outputs"][0]["data"] == ["Infinity", "-Infinity", 0.0]
+
+
+def test_p_values_are_sent_to_whom_asks_for_them() -> None:
+    """One for each row, in the parameters; a server without a reference profile says what is missing."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 8), nn.BatchNorm1d(8))
+    torch.manual_seed(0)
+    profile = ReferenceProfile.fit(model, [torch.randn(500, 3)], target_arl=1000)
+    runtime = Runtime(loaded(model), reference=profile, target_arl=1000)
+    asking = body([0.1, 0.2, 0.3], [30.0, 30.0, 30.0]) | {"parameters": {"guardserve_p_values": True}}
+    with (
+        serve_in_background(create_app(runtime)) as url,
+        httpx.Client(base_url=url, trust_env=False) as client,
+    ):
+        wait_until(lambda: runtime.failure is None)
+        usual, odd = map(float, client.post(INFER, json=asking).json()["parameters"]["guardserve_p_values"].split())
+        assert 0 < odd < usual <= 1
+        assert "parameters" not in client.post(INFER, json=GOOD).json()
+    with serving(net()) as client:
+        assert "reference profile" in error(client.post(INFER, json=asking), 400)
