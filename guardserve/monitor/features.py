@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ import torch
 
 from guardserve.batchnorm import ObservationPoint
 from guardserve.monitor.reading import Reading, Rows
-from guardserve.monitor.taps import Record
+from guardserve.monitor.taps import Bundle, Record
 
 Array = npt.NDArray[np.float32]
 
@@ -26,6 +27,7 @@ class FeatureReader:
 
     def __init__(self, points: Sequence[ObservationPoint], indices: Sequence[int]) -> None:
         self._indices = tuple(indices)
+        self._picked: dict[tuple[int, ...], npt.NDArray[np.intp]] = {}
         affine = [point.affine for point in points]
         # a factor of 0 makes an unobservable channel a constant 0
         factors = [torch.where(scale.isnan(), 0.0, 1 / scale) for scale, _ in affine]
@@ -40,9 +42,9 @@ class FeatureReader:
 
     def complete(self, record: Record) -> bool:
         """Tell whether a forward showed every layer, each with one row a sample."""
-        if record.route == self._indices and record.whole:
+        if record.order == self._indices and record.whole:
             return True
-        ran = set(record.route)
+        ran = set(record.order)
         odd = {reading.index for reading in record.readings if len(reading.total) != record.samples}
         return all(index in ran and index not in odd for index in self._indices)
 
@@ -66,7 +68,10 @@ class FeatureReader:
         return features
 
     def _rows(self, record: Record) -> Rows:
-        if record.route == self._indices:
+        if record.bundle is not None:
+            rows, columns = record.rows(), self._columns(record.bundle)
+            return rows if columns is None else Rows(rows.mean[:, columns], rows.variance[:, columns])
+        if record.order == self._indices and record.whole:
             return record.rows()
         runs: dict[int, list[Reading]] = {}
         for reading in record.readings:
@@ -75,10 +80,24 @@ class FeatureReader:
         means, variances = ([sum(run[i] for run in part) / len(part) for part in parts] for i in (0, 1))
         return Rows(np.concatenate(means, axis=1), np.concatenate(variances, axis=1))
 
+    def _columns(self, bundle: Bundle) -> npt.NDArray[np.intp] | None:
+        """Return where a bundle has the channels of the layers, in order; None if it has just these."""
+        if bundle.route == self._indices:
+            return None
+        columns = self._picked.get(bundle.route)
+        if columns is None:
+            ends = dict(zip(bundle.route, accumulate(bundle.widths), strict=True))
+            parts = [
+                np.arange(ends[index] - width, ends[index])
+                for index, width in zip(self._indices, self.channels, strict=True)
+            ]
+            columns = self._picked[bundle.route] = np.concatenate(parts)
+        return columns
+
 
 def execution_order(record: Record) -> list[int]:
     """List the layers that ran in a forward, by the index of their first reading, as they ran."""
-    return list(dict.fromkeys(record.route))
+    return list(dict.fromkeys(record.order))
 
 
 def fingerprint(points: Sequence[ObservationPoint]) -> str:

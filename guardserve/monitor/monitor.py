@@ -32,10 +32,10 @@ _log = logging.getLogger(__name__)
 SUBWINDOWS = 8
 """A window is this many merged sub-windows; it forgets one at a time, and nothing is ever subtracted."""
 
-PENDING_SAMPLES = 16
+PENDING_SAMPLES = 32
 """Samples that may wait, about, before the monitor's thread is woken to accumulate them."""
 
-MOST_PENDING = 96
+MOST_PENDING = 128
 """Samples that may wait, about, before the forward that brings more does the work: nothing is dropped."""
 
 

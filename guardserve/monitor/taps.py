@@ -37,11 +37,15 @@ class Bundle(NamedTuple):
     """What the layers of a forward showed, summed up together.
 
     Attributes:
-        route: The layers, in the order in which they ran.
-        rows: Tells what they showed, side by side.
+        order: The layers, in the order in which they ran.
+        route: The layers, in the order in which they are side by side.
+        widths: Channels of each of these.
+        rows: Tells what they showed.
     """
 
+    order: tuple[int, ...]
     route: tuple[int, ...]
+    widths: tuple[int, ...]
     rows: Callable[[], Rows]
 
 
@@ -99,17 +103,21 @@ class Record:
         return len(self.readings[0].total) if self.samples is None else self.samples
 
     @property
-    def route(self) -> tuple[int, ...]:
+    def order(self) -> tuple[int, ...]:
         """The layers that ran, in order, as often as each did."""
-        if self.bundle is not None:
-            return self.bundle.route
-        return tuple([reading.index for reading in self.readings])
+        return tuple([reading.index for reading in self.readings]) if self.bundle is None else self.bundle.order
+
+    @property
+    def route(self) -> tuple[int, ...]:
+        """Those layers in the order in which :meth:`rows` has them."""
+        return self.order if self.bundle is None else self.bundle.route
 
     @property
     def whole(self) -> bool:
         """Whether each layer that ran did so once, with one row a sample."""
-        return len(set(self.route)) == len(self.route) and all(
-            len(reading.total) == self.samples for reading in self.readings
+        return self.bundle is not None or (
+            len(set(self.order)) == len(self.readings)
+            and all(len(reading.total) == self.samples for reading in self.readings)
         )
 
     def rows(self) -> Rows:
@@ -375,7 +383,9 @@ class Taps:
         if workspace is None:
             return
         if not record.readings and len(record.filled) == len(workspace.route):
-            record.bundle = Bundle(workspace.route, partial(workspace.rows, workspace.sums()))
+            record.bundle = Bundle(
+                workspace.order, workspace.route, workspace.widths, partial(workspace.rows, workspace.sums())
+            )
         else:  # this forward took another way
             record.readings += [workspace.reading(index) for index in record.filled]
 

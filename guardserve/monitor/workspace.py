@@ -81,37 +81,36 @@ class Workspace:
         buffer: Holds at least :data:`MOST_VALUES` values.
 
     Attributes:
-        route: The layers, in the order in which they run.
-        samples: Number of samples.
+        order: The layers, in the order in which they run.
+        route: The layers, in the order in which they are side by side.
+        widths: Channels of each of these.
         slots: The slot of each observation point; None where there is none.
     """
 
     def __init__(self, places: Sequence[Place], layers: int, buffer: torch.Tensor) -> None:
-        self.route = tuple(place.index for place in places)
+        self.order = tuple(place.index for place in places)
         self.slots: list[Slot | None] = [None] * layers
         self._groups: list[torch.Tensor] = []
         self._counts: list[int] = []
         by_count: dict[int, list[Place]] = {}
         for place in places:
             by_count.setdefault(place.plan.cell(0).count, []).append(place)
-        start = first = 0
-        columns: dict[int, tuple[int, int, int]] = {}
+        self.route = tuple(place.index for members in by_count.values() for place in members)
+        self.widths = tuple(len(place.anchor) for members in by_count.values() for place in members)
+        start = 0
         for count, members in by_count.items():
-            widths = [math.prod(place.plan.cell(0).size[:2]) for place in members]
-            group = buffer[start : start + count * sum(widths)].view(count, sum(widths))
+            samples = members[0].plan.cell(0).size[0]
+            widths = [len(place.anchor) for place in members]
+            group = buffer[start : start + count * samples * sum(widths)].view(count, samples, sum(widths))
             start += group.numel()
             self._groups.append(group)
             self._counts.append(count)
-            for place, end in zip(members, itertools.accumulate(widths), strict=True):
+            for place, width, end in zip(members, widths, itertools.accumulate(widths), strict=True):
                 size = place.plan.cell(0).size
-                part = group[:, end - math.prod(size[:2]) : end].view(*size[2:], *size[:2])
+                part = group[:, :, end - width : end].view(*size[2:], *size[:2])
                 self.slots[place.index] = Slot(place.shape, place.stride, place.plan, place.anchor.flatten(), part)
-                columns[place.index] = (first + end - math.prod(size[:2]), size[0], size[1])
-            first += sum(widths)
-        self.samples = columns[self.route[0]][1]
-        order = [np.arange(at, at + n * c).reshape(n, c) for at, n, c in (columns[index] for index in self.route)]
-        self._order = np.concatenate(order, axis=1)
-        self._share = np.repeat([1 / count for count in self._counts], [group.shape[1] for group in self._groups])
+        share = np.repeat([1 / count for count in self._counts], [group.shape[2] for group in self._groups])
+        self._share = share.astype(np.float32)
 
     def sums(self) -> Sums:
         """Sum up what all slots hold; they may be filled again afterwards."""
@@ -127,8 +126,10 @@ class Workspace:
         return Sums(totals, squares)
 
     def rows(self, sums: Sums) -> Rows:
-        """Return what a forward's layers showed, in the order in which they ran."""
-        mean, variance = ((torch.cat(part).numpy() * self._share.astype(np.float32))[self._order] for part in sums)
+        """Return what a forward's layers showed, in the order of :attr:`route`."""
+        mean, variance = (torch.cat(part, 1).numpy() for part in sums)
+        mean *= self._share
+        variance *= self._share
         return Rows(mean, variance)
 
     def reading(self, index: int) -> Reading:

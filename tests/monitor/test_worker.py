@@ -52,11 +52,11 @@ def test_a_thread_accumulates_while_forwards_go_on_and_ends_with_the_monitor() -
     model, before = conv_net(), len(threads_named("guardserve-monitor"))
     with Monitor(model) as monitor, torch.inference_mode():
         assert len(threads_named("guardserve-monitor")) == before
-        for _ in range(40):
+        for _ in range(80):
             model(torch.randn(1, 3, 8, 8))
-        wait_for(lambda: len(monitor._pending) < 16)
+        wait_for(lambda: len(monitor._pending) < 32)
         assert len(threads_named("guardserve-monitor")) == before + 1
-        assert monitor.snapshot().samples == 40
+        assert monitor.snapshot().samples == 80
     assert len(threads_named("guardserve-monitor")) == before
 
 
@@ -65,10 +65,10 @@ def test_a_forgotten_monitor_takes_its_thread_with_it() -> None:
     model, before = conv_net(), len(threads_named("guardserve-monitor"))
     monitor = Monitor(model)
     with torch.inference_mode():
-        for _ in range(40):
+        for _ in range(80):
             model(torch.randn(1, 3, 8, 8))
     pending = monitor._pending
-    wait_for(lambda: len(pending) < 16)
+    wait_for(lambda: len(pending) < 32)
     gone = weakref.ref(monitor)
     del monitor
     wait_for(lambda: gc.collect() is not None and gone() is None)
@@ -165,7 +165,7 @@ def test_an_error_in_the_background_is_logged_and_ends_nothing(
     with Monitor(model) as monitor, torch.inference_mode():
         with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
             patch.setattr(monitor, "_merge", lambda _: 1 / 0)
-            for _ in range(20):
+            for _ in range(40):
                 model(torch.randn(1, 3, 8, 8))
             wait_for(lambda: "could not be accumulated" in caplog.text)
         monitor.reset()
@@ -185,9 +185,9 @@ def test_a_forked_process_monitors_on() -> None:
         with monitor._lock:
             child = os.fork()
         if child == 0:
-            for _ in range(40):
+            for _ in range(80):
                 model(torch.ones(1, 3, 8, 8))
-            os._exit(0 if monitor.snapshot().samples == 40 else 1)
+            os._exit(0 if monitor.snapshot().samples == 80 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
