@@ -24,7 +24,7 @@ def load(name: str) -> dict[str, Any]:
 DEPLOYMENT, SERVICE, MONITOR = (load(name) for name in ("deployment", "service", "servicemonitor"))
 POD = DEPLOYMENT["spec"]["template"]["spec"]
 (CONTAINER,) = POD["containers"]
-ENVIRONMENT = {variable["name"]: variable["value"] for variable in CONTAINER["env"]}
+ENVIRONMENT = {variable["name"]: variable.get("value", "0" * 32) for variable in CONTAINER["env"]}
 
 
 @pytest.mark.parametrize("manifest", [DEPLOYMENT, SERVICE], ids=lambda manifest: str(manifest["kind"]))
@@ -68,6 +68,14 @@ def test_it_runs_with_no_more_rights_than_the_image_needs() -> None:
     assert container["allowPrivilegeEscalation"] is POD["automountServiceAccountToken"] is False
     assert container["capabilities"] == {"drop": ["ALL"]}
     assert set(CONTAINER["resources"]) == {"requests", "limits"}
+
+
+def test_it_asks_for_a_key_from_a_secret() -> None:
+    """Whoever reaches the service must have it: it is not in the manifest, and nothing lets anybody in without."""
+    (keys,) = [variable for variable in CONTAINER["env"] if variable["name"] == "GUARDSERVE_API_KEYS"]
+    assert set(keys) == {"name", "valueFrom"}
+    assert "secretKeyRef" in keys["valueFrom"]
+    assert "GUARDSERVE_ALLOW_ANONYMOUS" not in ENVIRONMENT
 
 
 def test_settings_exist_and_the_drain_fits_into_the_grace_period() -> None:

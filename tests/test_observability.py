@@ -242,7 +242,7 @@ def test_the_image_runs_the_server_as_a_numeric_user() -> None:
     settings = dict(line.split(maxsplit=1) for line in last if re.match("[A-Z]+ ", line))
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", settings["USER"])
     assert json.loads(settings["ENTRYPOINT"]) == ["guardserve"]
-    assert json.loads(settings["CMD"]) == ["serve", "demo"]
+    assert json.loads(settings["CMD"]) == ["serve", "demo", "--allow-anonymous"]
     assert settings["STOPSIGNAL"] == "SIGTERM"
     assert "/healthcheck.py" in settings["HEALTHCHECK"]
     assert not any(re.search(r"\b(pip|apt|apt-get) ", line) for line in last if line.startswith("RUN "))
