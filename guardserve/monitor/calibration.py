@@ -200,7 +200,7 @@ def prudence(samples: int) -> float:
 
     What a reference says of its population is uncertain, the more so the smaller it is.
     """
-    return 1.2 + (300 / samples) ** 2
+    return 1.2 + (300 / samples) ** 3
 
 
 def find_thresholds(pool: Pool, dimensions: Sequence[int], levels: Levels, rng: np.random.Generator) -> Thresholds:
