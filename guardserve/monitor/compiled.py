@@ -50,7 +50,6 @@ def hand_over(  # noqa: PLR0917 - operators take them by position
         inbox.deliver(samples, route, counts, [reading.clone() for reading in readings])
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _grid(sizes: tuple[int, ...], channels: int, values: int | None) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Return the step between cells, and the number and the length of each axis' parts: the whole if they differ."""
     plan = Plan((1, channels, *sizes), (1, *[1 for _ in sizes], 1), values)
@@ -59,6 +58,10 @@ def _grid(sizes: tuple[int, ...], channels: int, values: int | None) -> tuple[in
         for axis, size in zip(plan.parts, sizes, strict=True)
     ]
     return plan.step, tuple(grid)
+
+
+# what torch.compiler.assume_constant_result does, which imports the whole compiler: for seconds, and 100 MB
+_grid._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def read_in_graph(
