@@ -86,8 +86,7 @@ def read_in_graph(
         if parts == 1:
             continue
         within = torch.arange(length, device=x.device)
-        blocks = axis == len(sizes) - 1 and axis > 0
-        x = x.index_select(2 + axis, index // length * length + within if blocks else index % parts + within * parts)
+        x = x.index_select(2 + axis, index % parts + within * parts)  # a grid: all samples read the same cell
     axes = tuple(range(2, 2 + len(sizes)))
     deviation = x - anchor.reshape(-1, *[1 for _ in sizes])
     total = deviation.sum(axes, keepdim=True)

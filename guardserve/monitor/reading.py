@@ -1,15 +1,18 @@
 """What is read of one activation: some positions of every sample and channel, others in each forward.
 
-The positions of a layer are shared out among cells, each a regular grid over the whole activation. A forward reads
-one cell of each layer, and all cells come in turn: over as many forwards as there are positions, each position is
-read equally often. So means over forwards are those of all positions, and so is the variance over positions and
-samples together; only single samples are known less exactly.
+The positions of a layer are shared out among cells, spread over the activation. A forward reads one cell of each
+sample in each layer, and all cells come in turn: over as many forwards as there are positions, each position is read
+equally often. So means over forwards are those of all positions, and so is the variance over positions and samples
+together; only single samples are known less exactly.
+
+The samples of one forward are read in different cells. In the same one they would all see a bit of the left, or of the
+right, and what they have in common by that would look like a shift to whoever takes them for independent.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
@@ -59,15 +62,25 @@ class Reading:
 
 @dataclass(slots=True)
 class Cell:
-    """A view of an activation: its size, strides and offset, and the number of positions in it.
+    """A view of some samples of an activation, each in a cell of its own.
 
-    ``turned_size`` and ``turned_stride`` are those with the axes of positions first.
+    Attributes:
+        samples: Which samples.
+        size: Size of the view, ``(n, C, *positions)``; with ``rounds`` ``(rounds, n / rounds, C, *positions)``.
+        stride: Its strides.
+        offset: Its offset.
+        count: Number of positions of each sample in it.
+        rounds: How often the samples go through all cells, where that is more than once.
+        turned_size: Its size with the axes of positions first.
+        turned_stride: Its strides likewise.
     """
 
+    samples: slice
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
     count: int
+    rounds: int | None
     turned_size: tuple[int, ...]
     turned_stride: tuple[int, ...]
 
@@ -99,18 +112,18 @@ class Axis:
 
 @lru_cache(maxsize=256)
 def share_out(sizes: tuple[int, ...], target: int) -> tuple[Axis, ...]:
-    """Share positions out to cells of about ``target``: blocks of the last axis, spread over all of the others.
+    """Share positions out to cells of about ``target``.
 
-    Cells are of the same size if the axes can be divided so.
+    If the axes can be divided evenly, a cell is blocks of the last axis, spread over all of the others. Otherwise all
+    samples of a forward have to read the same cell, so that one is a grid over all axes, which is alike everywhere.
     """
     even = min(
         product(*(_divisors(size) for size in sizes)),
         key=lambda lengths: _oddity(lengths, target, blocks=len(sizes) > 1),
     )
-    if 1 / 2 <= math.prod(even) / target <= 2:  # noqa: PLR2004 - about as many
-        counts = [size // length for size, length in zip(sizes, even, strict=True)]
-    else:
-        counts = _counts(sizes, target)
+    if not 1 / 2 <= math.prod(even) / target <= 2:  # noqa: PLR2004 - about as many
+        return tuple(Axis.strided(size, count) for size, count in zip(sizes, _counts(sizes, target), strict=True))
+    counts = [size // length for size, length in zip(sizes, even, strict=True)]
     *others, last = [*zip(sizes, counts, strict=True)]
     axes = [Axis.strided(size, count) for size, count in others]
     return (*axes, Axis.blocks(*last) if others else Axis.strided(*last))
@@ -154,6 +167,7 @@ class Plan:
         axes: The axes of positions in a cell's view.
         positions: Number of positions.
         parts: How each axis is shared out.
+        size: Size of what is read, ``(N, C, *positions)``, if its cells are of the same size.
         step: How far the position that chooses the cell moves from turn to turn.
         uniform: Whether its cells are of the same size.
     """
@@ -183,37 +197,95 @@ class Plan:
             step += 1
         self.step = step
         self.uniform = all(len({len(part) for part in axis.parts}) == 1 for axis in self.parts)
-        self._cells: dict[int, Cell] = {}
+        self.size = (*self._size, *[len(axis.parts[0]) for axis in self.parts])
+        self._row = self._find_row() if self.uniform else 1
+        self._apart = self._find_distance()
+        self._cells: dict[int, tuple[Cell, ...]] = {}
 
-    def cell(self, turn: int) -> Cell:
-        """Return the cell that is read in a forward: that of some position, another one each time."""
+    def cells(self, turn: int) -> tuple[Cell, ...]:
+        """Return what is read in a forward, all samples in order: cells from that of some position on."""
         place = turn * self.step % self.positions if self.positions else 0
         index = 0
         for axis in self.parts:
             place, i = divmod(place, len(axis.part_of) or 1)
             index = index * len(axis.parts) + axis.part_of[i]
-        cell = self._cells.get(index)
-        if cell is None:
+        cells = self._cells.get(index)
+        if cells is None:
             if len(self._cells) >= _KEPT_CELLS:
                 self._cells.clear()
-            cell = self._cells[index] = self._make(index)
-        return cell
+            cells = self._cells[index] = tuple(self._make(index))
+        return cells
 
-    def _make(self, index: int) -> Cell:
+    def count(self, turn: int = 0) -> int:
+        """Return how many positions of each sample are read in a forward."""
+        return self.cells(turn)[0].count
+
+    def _find_row(self) -> int:
+        """Return how many cells lie in a row, each as far behind the one before: those of the last axis or two."""
+        if not self.parts:
+            return 1
+        row = len(self.parts[-1].parts)
+        if len(self.parts) > 1 and self._strides[-2] == self._strides[-1] * len(self.parts[-1].part_of):
+            row *= len(self.parts[-2].parts)
+        return row
+
+    def _find_distance(self) -> int:
+        """Return how many cells on in the row the next sample reads: together, they spread over it and its columns."""
+        if self._row == 1:
+            return 0
+        apart = max(1, self._row // max(1, self._size[0]))
+        while math.gcd(apart, len(self.parts[-1].parts)) > 1:
+            apart -= 1
+        return apart
+
+    def _make(self, index: int) -> Iterator[Cell]:
+        """Share the samples out to the cells of a row, as evenly as can be, beginning with a given one."""
+        row, (samples, _) = self._row, self._size
+        first, start = index - index % row, index % row
+        base, size, stride = self._view(first)
+        behind = self._view(first + 1)[0] - base if row > 1 else 0
+        apart = self._apart
+        outer, taken = self._stride[0], 0
+        while taken < samples:
+            place = (start + taken * apart) % row
+            offset = taken * outer + base + place * behind
+            step = outer + apart * behind
+            left = samples - taken
+            if row == 1:
+                count, rounds = left, None
+            elif place == 0 and apart == 1 and left >= 2 * row:
+                rounds = left // row
+                count = rounds * row
+            else:
+                count, rounds = min(left, (row - 1 - place) // apart + 1), None
+            lead = (count,) if rounds is None else (rounds, row)
+            lead_stride = (step,) if rounds is None else (row * outer, step)
+            lead, lead_stride = (*lead, self._size[1]), (*lead_stride, self._stride[1])
+            yield Cell(
+                slice(taken, taken + count),
+                lead + size,
+                lead_stride + stride,
+                offset,
+                math.prod(size),
+                rounds,
+                size + lead,
+                stride + lead_stride,
+            )
+            taken += count
+
+    def _view(self, index: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Return the offset, the size and the strides of a cell's positions."""
         chosen: list[range] = []
         for axis in reversed(self.parts):
             index, part = divmod(index, len(axis.parts))
             chosen.insert(0, axis.parts[part])
-        size = tuple(len(part) for part in chosen)
-        stride = tuple(part.step * step for part, step in zip(chosen, self._strides, strict=True))
         offset = sum(part.start * step for part, step in zip(chosen, self._strides, strict=True))
-        return Cell(
-            self._size + size, self._stride + stride, offset, math.prod(size), size + self._size, stride + self._stride
-        )
+        stride = tuple(part.step * step for part, step in zip(chosen, self._strides, strict=True))
+        return offset, tuple(len(part) for part in chosen), stride
 
 
 def read(index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor) -> Reading:
-    """Read a cell of an activation.
+    """Read an activation.
 
     The anchor, near the mean if the layer fits, is taken off first. Like the second pass over the deviations, it
     keeps float32 exact where the mean is thousands of times the deviation.
@@ -225,16 +297,29 @@ def read(index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tenso
         turn: The number of the forward.
         anchor: At least float32, shape ``(C, 1, ...)`` with as many ones as the plan has axes.
     """
-    cell = plan.cell(turn)
-    count = cell.count
+    parts = [_sum_up(x, cell, anchor) for cell in plan.cells(turn)]
+    count = plan.count(turn)
+    if len(parts) == 1:
+        total, squares = parts[0]
+    else:
+        total = torch.cat([part for part, _ in parts])
+        squares = None if count == 1 else torch.cat([part for _, part in parts if part is not None])
+    return Reading(index, total, squares, 1 if x.is_cuda else count)
+
+
+def _sum_up(x: torch.Tensor, cell: Cell, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sum deviations and their squares up; on an accelerator divide both by the number of positions."""
     deviation = x.as_strided(cell.size, cell.stride, x.storage_offset() + cell.offset) - anchor
-    if count == 1:
-        return Reading(index, deviation, None, 1)
+    if cell.rounds is not None:
+        deviation = deviation.flatten(0, 1)
+    if cell.count == 1:
+        return deviation, None
+    axes = tuple(range(2, deviation.ndim))
     if x.is_cuda:  # one kernel for both; on a CPU it takes many times as long as the sums
-        variance, mean = torch.var_mean(deviation, plan.axes, correction=0)
-        return Reading(index, mean, variance, 1)
-    total = deviation.sum(plan.axes, keepdim=True)
-    return Reading(index, total, deviation.sub_(total, alpha=1 / count).square_().sum(plan.axes), count)
+        variance, mean = torch.var_mean(deviation, axes, correction=0)
+        return mean, variance
+    total = deviation.sum(axes, keepdim=True)
+    return total, deviation.sub_(total, alpha=1 / cell.count).square_().sum(axes)
 
 
 class Rows(NamedTuple):

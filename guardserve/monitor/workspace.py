@@ -51,13 +51,17 @@ class Slot:
     out: torch.Tensor
 
     def take(self, x: torch.Tensor, turn: int) -> None:
-        """Copy a cell of an activation."""
+        """Copy a cell of each sample."""
         if not self.plan.axes:
             torch.sub(x, self.anchor, out=self.out)
             return
-        cell = self.plan.cell(turn)
-        view = x.as_strided(cell.turned_size, cell.turned_stride, x.storage_offset() + cell.offset)
-        torch.sub(view, self.anchor, out=self.out)
+        cells = self.plan.cells(turn)
+        for cell in cells:
+            view = x.as_strided(cell.turned_size, cell.turned_stride, x.storage_offset() + cell.offset)
+            out = self.out if len(cells) == 1 else self.out[..., cell.samples, :]
+            if cell.rounds is not None:
+                out = out.view(*out.shape[:-2], cell.rounds, -1, out.shape[-1])
+            torch.sub(view, self.anchor, out=out)
 
 
 class Sums(NamedTuple):
@@ -94,19 +98,19 @@ class Workspace:
         self._counts: list[int] = []
         by_count: dict[int, list[Place]] = {}
         for place in places:
-            by_count.setdefault(place.plan.cell(0).count, []).append(place)
+            by_count.setdefault(place.plan.count(), []).append(place)
         self.route = tuple(place.index for members in by_count.values() for place in members)
         self.widths = tuple(len(place.anchor) for members in by_count.values() for place in members)
         start = 0
         for count, members in by_count.items():
-            samples = members[0].plan.cell(0).size[0]
+            samples = members[0].plan.size[0]
             widths = [len(place.anchor) for place in members]
             group = buffer[start : start + count * samples * sum(widths)].view(count, samples, sum(widths))
             start += group.numel()
             self._groups.append(group)
             self._counts.append(count)
             for place, width, end in zip(members, widths, itertools.accumulate(widths), strict=True):
-                size = place.plan.cell(0).size
+                size = place.plan.size
                 part = group[:, :, end - width : end].view(*size[2:], *size[:2])
                 self.slots[place.index] = Slot(place.shape, place.stride, place.plan, place.anchor.flatten(), part)
         share = np.repeat([1 / count for count in self._counts], [group.shape[2] for group in self._groups])
@@ -137,7 +141,7 @@ class Workspace:
         slot = self.slots[index]
         if slot is None:
             raise ValueError(f"layer {index} has no slot")
-        count = slot.plan.cell(0).count
+        count = slot.plan.count()
         deviation = slot.out.flatten(0, -3) if slot.out.ndim > 2 else slot.out[None]  # noqa: PLR2004
         total = deviation.sum(0)
         squares = (deviation - total / count).square().sum(0)
@@ -146,7 +150,7 @@ class Workspace:
 
 def fits(places: Sequence[Place]) -> bool:
     """Tell whether the layers of a forward can share a buffer: small, on the CPU, in float32, with uniform cells."""
-    return sum(math.prod(place.plan.cell(0).size) for place in places) <= MOST_VALUES and all(
+    return sum(math.prod(place.plan.size) for place in places) <= MOST_VALUES and all(
         place.plan.uniform and place.anchor.device.type == "cpu" and place.anchor.dtype is torch.float32
         for place in places
     )

@@ -28,7 +28,7 @@ def observe(
     plan = Plan(x.shape, x.stride(), values, samples)
     reading = read(0, x, plan, turn, anchor.reshape(-1, *[1 for _ in plan.axes]))
     rows = side_by_side([reading])
-    return rows.mean.astype(np.float64), rows.variance.astype(np.float64), plan.cell(turn).count
+    return rows.mean.astype(np.float64), rows.variance.astype(np.float64), plan.count(turn)
 
 
 def activations(shape: tuple[int, ...], offset: float, dtype: torch.dtype, seed: int, layout: str) -> torch.Tensor:
@@ -71,23 +71,79 @@ def test_reading_all_equals_float64_numpy(
     np.testing.assert_allclose(variance, exact.var(-1), rtol=1e-5, atol=tolerance)
 
 
-@given(st.lists(st.integers(1, 12), min_size=0, max_size=3), st.integers(1, 3), st.sampled_from([1, 64, 512, None]))
-def test_every_position_is_read_equally_often(sizes: list[int], channels: int, values: int | None) -> None:
-    """Over as many forwards as there are positions, cells weigh each position the same: means are unbiased."""
-    shape = (2, channels, *sizes)
+@given(
+    st.lists(st.integers(1, 12), min_size=0, max_size=3),
+    st.sampled_from([1, 2, 3, 7, 20]),
+    st.integers(1, 3),
+    st.sampled_from([1, 64, 512, None]),
+    st.booleans(),
+)
+def test_every_position_of_each_sample_is_read_equally_often(
+    sizes: list[int], samples: int, channels: int, values: int | None, last: bool
+) -> None:
+    """Over as many forwards as there are positions, cells weigh each position the same: means are unbiased.
+
+    In each forward, the cells of all samples together take what belongs to each sample, and nothing twice.
+    """
+    shape = (samples, channels, *sizes)
+    memory = torch.empty(shape)
+    if last and len(sizes) == 2:
+        memory = memory.contiguous(memory_format=torch.channels_last)
+    numbered = np.empty(math.prod(shape), np.int64)
+    plan = Plan(shape, memory.stride(), values)
     positions = math.prod(sizes)
-    plan = Plan(shape, torch.empty(shape).stride(), values)
-    weight = np.zeros(2 * channels * positions)
+    np.lib.stride_tricks.as_strided(numbered, shape, [step * 8 for step in memory.stride()])[:] = np.arange(
+        numbered.size
+    ).reshape(shape)
+    weight = np.zeros(numbered.size)
     for turn in range(positions):
-        cell = plan.cell(turn)
-        grid = np.arange(weight.size)
-        view = np.lib.stride_tricks.as_strided(
-            grid[cell.offset :], cell.size, [step * grid.itemsize for step in cell.stride]
-        )
-        seen = np.bincount(view.ravel(), minlength=weight.size)
-        assert seen.max() == 1
-        weight += seen / cell.count
+        taken = 0
+        for cell in plan.cells(turn):
+            assert cell.samples.start == taken
+            taken = cell.samples.stop
+            view = np.lib.stride_tricks.as_strided(
+                numbered[cell.offset :], cell.size, [step * 8 for step in cell.stride]
+            )
+            seen = np.bincount(view.ravel(), minlength=numbered.size)
+            assert seen.max() == 1
+            rows = view.reshape(taken - cell.samples.start, -1) // (channels * positions)
+            assert np.array_equal(rows.T, np.broadcast_to(np.arange(cell.samples.start, taken), rows.T.shape))
+            weight += seen / cell.count
+        assert taken == samples
     np.testing.assert_allclose(weight, 1, atol=1e-9)
+
+
+def test_samples_of_one_forward_are_read_in_cells_all_over_the_activation() -> None:
+    """What eight equal samples show differs as what eight forwards of one show: they have no cell in common."""
+    ramp = torch.linspace(0, 1, 112).expand(8, 64, 112, 112).contiguous()
+    (_, _, *sizes), stride = ramp.shape, ramp.stride()
+    one = ramp[:1]
+    apart = [observe(one, torch.zeros(64), 8192, turn)[0][0, 0] for turn in range(200)]
+    together = np.array([observe(ramp, torch.zeros(64), 8192, turn)[0][:, 0] for turn in range(25)])
+    assert len(Plan(ramp.shape, stride, 8192).parts) == len(sizes)
+    assert np.std(apart) > 0.2
+    assert together.std(1).mean() == pytest.approx(np.std(apart), rel=0.15)
+    assert together.mean(1).std() < 0.1 * np.std(apart)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 8, 33, 100])
+@pytest.mark.parametrize("layout", ["plain", "channels_last"])
+@pytest.mark.parametrize("sizes", [(28, 28), (17, 17), (8, 8), (3, 6, 8), (999,)])
+def test_what_is_read_is_what_the_cells_show(sizes: tuple[int, ...], layout: str, samples: int) -> None:
+    """Means and variances of each sample are those of the positions that its cell takes."""
+    x = activations((samples, 20, *sizes), 2.0, torch.float32, 0, layout)
+    plan = Plan(x.shape, x.stride(), 1024)
+    flat = torch.as_strided(x, (x.untyped_storage().nbytes() // 4,), (1,), 0).double().numpy()
+    for turn in range(3):
+        views = [
+            np.lib.stride_tricks.as_strided(flat[cell.offset :], cell.size, [step * 8 for step in cell.stride])
+            for cell in plan.cells(turn)
+        ]
+        exact = np.concatenate([view.reshape(-1, 20, plan.count(turn)) for view in views])
+        mean, variance, count = observe(x, torch.full((20,), 2.0), 1024, turn)
+        assert count == plan.count(turn)
+        np.testing.assert_allclose(mean + 2.0, exact.mean(-1), atol=1e-5)
+        np.testing.assert_allclose(variance, exact.var(-1), rtol=1e-4, atol=1e-6)
 
 
 def test_every_sample_and_channel_is_read_each_time_and_about_as_much_as_asked_for() -> None:
@@ -104,9 +160,9 @@ def test_every_sample_and_channel_is_read_each_time_and_about_as_much_as_asked_f
         plan = Plan(shape, torch.empty(shape, device="meta").stride(), 8192)
         least = height * width if height * width <= FEW_POSITIONS else MIN_POSITIONS
         target = min(height * width, max(least, 8192 // channels))
-        cells = [plan.cell(turn) for turn in range(min(plan.positions, 2000))]
-        assert all(cell.size[:2] == (3, channels) for cell in cells)
-        counts = [cell.count for cell in cells]
+        turns = range(min(plan.positions, 2000))
+        assert all(sum(cell.samples.stop - cell.samples.start for cell in plan.cells(turn)) == 3 for turn in turns)
+        counts = [plan.count(turn) for turn in turns]
         assert 0.5 * target <= np.mean(counts) <= 2 * target
 
 
