@@ -52,6 +52,9 @@ def refusal(status: int, reason: str, error: str, headers: Headers = ()) -> Answ
     return Answer(status, body, [(b"content-type", b"application/json"), *headers], reason)
 
 
+INTERNAL = refusal(500, "internal", "internal error; the server's log has the details")
+"""What a fault of the server's own is to a client."""
+
 _STATUSES: tuple[tuple[type[BaseException], int, str, Headers], ...] = (
     (InputError, 400, "invalid_input", ()),
     (NonFiniteOutputError, 500, "nonfinite_output", ()),

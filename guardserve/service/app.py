@@ -47,6 +47,13 @@ class Service(FastAPI):
     access: Access
     inference: tuple[frozenset[str], Gateway]
 
+    def shortcut(self, scope: Scope) -> Gateway | None:
+        """Return what may answer a request past ASGI; None where it needs more than its answer, or is refused."""
+        paths, gateway = self.inference
+        if scope["method"] != "POST" or scope["path"] not in paths or self.life.closing or self.life.crowded:
+            return None
+        return gateway if self.access.allows(scope) else None
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or run the lifespan."""
         if scope["type"] == "http":

@@ -1,11 +1,18 @@
-"""Connections: how many there may be, and how long one may take to say what it wants."""
+"""Connections: how many there may be, how long one may take to say what it wants, and the short way to its answer."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Sequence
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from guardserve.service.answer import Answer
+from guardserve.service.app import Service
+from guardserve.service.gateway import Gateway
+from guardserve.service.inference import Pending, is_small
 
 HEADER_TIMEOUT = 10.0
 """Seconds from a connection's first moment, or from a request's first byte, until its headers are whole."""
@@ -15,7 +22,12 @@ SLACK = 64
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection, with an end to one that never sends a request, or never all of its headers."""
+    """uvicorn's connection, with an end to one that never sends a request, or never all of its headers.
+
+    An inference request that comes in one piece is answered past ASGI, whose tasks and messages cost more than a small
+    model: its answer is written in one piece too. Whatever is not plain goes the long way: a body in pieces, pipelined
+    requests, clients that read slowly, refusals, middleware around the application.
+    """
 
     # a limit that belongs to the server: it makes a class of its own, see connection_class
     max_connections = 1024
@@ -28,16 +40,25 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
         self._begun = False
+        self._heading = False
+        # a request that may go the short way, if its body is there by the end of what has come
+        self._plain: tuple[Any, Gateway] | None = None
+        self._job: Pending | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         if self.transport is not None:
             self._stop_waiting()
             super().connection_lost(exc)
+            if self._job is not None:
+                self._job.settle("gone")
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; if that is a part of a request's headers, wait only so long for the rest."""
         super().data_received(data)
+        if self._plain is not None:
+            (cycle, _), self._plain = self._plain, None
+            super()._start_asgi_task(cycle, self.app)
         if self._begun and self._waiting is None:
             self._waiting = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
 
@@ -51,7 +72,50 @@ class Connection(HttpToolsProtocol):
         self._begun = False
         if self._waiting is not None:
             self._stop_waiting()
+        self._heading = True
         super().on_headers_complete()
+        self._heading = False
+
+    def on_message_complete(self) -> None:
+        """Take the end of a request's body."""
+        super().on_message_complete()
+        if self._plain is not None:
+            (cycle, gateway), self._plain = self._plain, None
+            headers = dict(cycle.scope["headers"])
+            if is_small(cycle.body, headers):
+                self._answer(cycle, gateway, headers)
+            else:
+                super()._start_asgi_task(cycle, self.app)
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        """Begin with a request whose headers are there."""
+        if self._heading and isinstance(app, Service) and not (cycle.waiting_for_100_continue or self.access_log):
+            gateway = None if self.flow.write_paused else app.shortcut(cycle.scope)
+            if gateway is not None:
+                self._plain = cycle, gateway
+                return
+        super()._start_asgi_task(cycle, app)
+
+    def _answer(self, cycle: Any, gateway: Gateway, headers: dict[bytes, bytes]) -> None:
+        cycle.on_response = None  # it would keep the connection alive, and is uvicorn's to clear
+        body, cycle.body = bytes(cycle.body), bytearray()
+        job = gateway.begin(body, headers, functools.partial(self._send, cycle))
+        self._job = None if cycle.response_complete else job
+
+    def _send(self, cycle: Any, answer: Answer) -> None:
+        """Write an answer, headers and body at once."""
+        self._job = None
+        if cycle.disconnected or self.transport.is_closing():
+            return
+        cycle.response_started = cycle.response_complete = True
+        own = [b"%b: %b\r\n" % (name.lower(), value) for name, value in answer.headers]
+        end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
+        length = b"content-length: %d\r\n" % len(answer.body)
+        head = (STATUS_LINE[answer.status], _lines(cycle.default_headers), *own, length, end)
+        self.transport.write(b"".join((*head, answer.body)))
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def _stop_waiting(self) -> None:
         if self._waiting is not None:
@@ -62,6 +126,17 @@ class Connection(HttpToolsProtocol):
         self._waiting = None
         if not self.transport.is_closing():
             self.transport.close()
+
+
+_written: tuple[Sequence[tuple[bytes, bytes]], bytes] = ((), b"")
+
+
+def _lines(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """Write the headers that all answers have, which uvicorn makes anew once a second, as lines."""
+    global _written  # noqa: PLW0603 - the last ones
+    if _written[0] is not headers:
+        _written = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
+    return _written[1]
 
 
 def connection_class(max_connections: int) -> type[asyncio.Protocol]:

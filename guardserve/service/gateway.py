@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
 from guardserve.metrics import Metrics
-from guardserve.service.answer import CLIENT_CLOSED_REQUEST, RETRY_AFTER, Answer, refusal
-from guardserve.service.inference import Inference
+from guardserve.service.answer import CLIENT_CLOSED_REQUEST, INTERNAL, RETRY_AFTER, Answer, refusal
+from guardserve.service.inference import Inference, Pending
 from guardserve.service.limits import Limits
 
 _log = logging.getLogger(__name__)
 
-INTERNAL = refusal(500, "internal", "internal error; the server's log has the details")
 DISCONNECTED = refusal(CLIENT_CLOSED_REQUEST, "disconnected", "the request was not whole")
 CLOSE = ((b"connection", b"close"),)
 
@@ -64,6 +63,29 @@ class Gateway:
             metrics.in_flight -= 1
             metrics.request_ended(answer.status, time.perf_counter() - started, answer.reason)
         return answer
+
+    def begin(self, body: bytes, headers: Mapping[bytes, bytes], send: Callable[[Answer], object]) -> Pending | None:
+        """Answer a small request that is whole, past ASGI, and count it; see :meth:`Inference.begin`."""
+        started = time.perf_counter()
+        metrics = self._metrics
+        metrics.in_flight += 1
+        held = _Held(self)
+
+        def ended(answer: Answer) -> None:
+            held.release()
+            metrics.in_flight -= 1
+            metrics.request_ended(answer.status, time.perf_counter() - started, answer.reason)
+            send(answer)
+
+        try:
+            held.take(body)
+            return self._inference.begin(body, headers, ended)
+        except RefusedBodyError as refused:
+            ended(refused.answer)
+        except Exception:  # noqa: BLE001 - a fault of ours is an answer too, and counted
+            _log.exception("an inference request failed")
+            ended(INTERNAL)
+        return None
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
         headers: Mapping[bytes, bytes] = dict(scope["headers"])
@@ -131,10 +153,14 @@ class _Held:
         if message["type"] == "http.disconnect":
             raise RefusedBodyError(DISCONNECTED)
         body: bytes = message["body"]
+        self.take(body)
+        return body
+
+    def take(self, body: bytes) -> None:
+        """Hold so many bytes."""
         self._gateway.check(self._size + len(body))
         self._gateway.hold(len(body))
         self._size += len(body)
-        return body
 
     async def rest(self, message: Any, receive: Receive) -> bytes:
         """Take every piece."""

@@ -19,8 +19,9 @@ from guardserve.engine import Engine, Job, Result
 from guardserve.exceptions import GuardserveError
 from guardserve.metrics import Metrics
 from guardserve.runtime import Runtime
-from guardserve.service.answer import CLIENT_CLOSED_REQUEST, RETRY_AFTER, Answer, failure, refusal
+from guardserve.service.answer import CLIENT_CLOSED_REQUEST, INTERNAL, RETRY_AFTER, Answer, failure, refusal
 from guardserve.service.body import json_member
+from guardserve.service.images import is_image, read_image_request
 from guardserve.service.limits import Limits
 from guardserve.service.protocol import InferRequest, ProtocolError, decompress, render_response
 from guardserve.service.request import RequestReader
@@ -58,14 +59,24 @@ _log = logging.getLogger(__name__)
 
 
 class Pending(Job):
-    """A request that a client waits for."""
+    """A request that a client waits for.
 
-    __slots__ = ("arrived", "deadline", "outcome", "receive", "watch")
+    Args:
+        inputs: See :class:`Job`, as for the last two.
+        ended: Called once, with how it ended.
+        receive: ASGI's channel, on which a client that goes away is noticed; None where that is noticed elsewhere.
+        deadline: When it is not worth an answer any more, by the monotonic clock.
+        allow_nonfinite: See above.
+        score: See above.
+    """
+
+    __slots__ = ("arrived", "deadline", "ended", "receive", "watch")
 
     def __init__(
         self,
         inputs: Sequence[torch.Tensor],
-        receive: Receive,
+        ended: Callable[[Outcome], object],
+        receive: Receive | None,
         deadline: float | None,
         *,
         allow_nonfinite: bool,
@@ -75,13 +86,14 @@ class Pending(Job):
         self.arrived = time.monotonic()
         self.deadline = deadline
         self.receive = receive
-        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.ended: Callable[[Outcome], object] | None = ended
         self.watch: asyncio.Task[None] | None = None
 
     def settle(self, outcome: Outcome) -> None:
         """Say how it ended; the first one to say so is right."""
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
+        ended, self.ended = self.ended, None
+        if ended is not None:
+            ended(outcome)
 
 
 class Inference:
@@ -146,28 +158,74 @@ class Inference:
             receive: ASGI's channel, on which a client that goes away is noticed.
         """
         if self._runtime.failure is not None:
-            return refusal(503, "not_ready", f"the model is not ready: {self._runtime.failure}", RETRY_AFTER)
-        small = len(body) <= SMALL and b"content-encoding" not in headers
+            return self._unready()
+        ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         try:
-            if small:
+            if is_small(body, headers):
                 request = self._read(body, headers)
             else:
                 request = await self._aside(functools.partial(self._read, body, headers))
-            job = self._submit(request, receive)
+            job = self._submit(request, functools.partial(_end, ended), receive)
         except GuardserveError as error:
             return failure(error, self._runtime.name)
         try:
-            outcome = await job.outcome
+            outcome = await ended
         finally:
             self._forget(job)
+        failed = self._failed(job, outcome)
+        if failed is not None or job.result is None:
+            return failed or OUTCOMES["done"]
+        write = functools.partial(self._write, job.result, request)
+        return await self._aside(write) if _is_large(job.result) else write()
+
+    def begin(self, body: bytes, headers: Mapping[bytes, bytes], send: Callable[[Answer], object]) -> Pending | None:
+        """Answer one small request without a task of its own.
+
+        Args:
+            body: Its body, all of it; see :func:`is_small`.
+            headers: Its headers by their lower-case names.
+            send: Called with the answer, perhaps at once, and always.
+
+        Returns:
+            What waits for its forward; settle it as ``"gone"`` if the client goes away. None if that is over already.
+        """
+        if self._runtime.failure is not None:
+            send(self._unready())
+            return None
+
+        def ended(outcome: Outcome) -> None:
+            self._forget(job)
+            try:
+                answer = self._failed(job, outcome)
+                if answer is None and job.result is not None:
+                    if _is_large(job.result):
+                        writing = asyncio.ensure_future(
+                            self._aside(functools.partial(self._write, job.result, request))
+                        )
+                        writing.add_done_callback(lambda written: send(_written(written)))
+                        return
+                    answer = self._write(job.result, request)
+            except Exception:  # noqa: BLE001 - others are to be told how they ended, whatever went wrong here
+                _log.exception("an answer could not be written")
+                answer = INTERNAL
+            send(answer or OUTCOMES["done"])
+
+        try:
+            request = self._read(body, headers)
+            job = self._submit(request, ended, None)
+        except GuardserveError as error:
+            send(failure(error, self._runtime.name))
+            return None
+        return job
+
+    def _unready(self) -> Answer:
+        return refusal(503, "not_ready", f"the model is not ready: {self._runtime.failure}", RETRY_AFTER)
+
+    def _failed(self, job: Pending, outcome: Outcome) -> Answer | None:
+        """Return the answer to a request that failed; None if it has not."""
         if outcome != "done" or job.result is None:
             return OUTCOMES[outcome]
-        result = job.result
-        if result.error is not None:
-            return failure(result.error, self._runtime.name)
-        write = functools.partial(self._write, result, request)
-        large = sum([tensor.nbytes for tensor in result.outputs.values()]) > SMALL
-        return await self._aside(write) if large else write()
+        return None if job.result.error is None else failure(job.result.error, self._runtime.name)
 
     async def _aside(self, function: Callable[[], T]) -> T:
         """Call a function that takes long where it keeps nobody waiting."""
@@ -178,6 +236,11 @@ class Inference:
         if encoding is not None or len(body) > self._limits.max_body_size:
             body = decompress(
                 body, None if encoding is None else encoding.decode("latin-1"), self._limits.max_body_size
+            )
+        if is_image(headers):
+            runtime = self._runtime
+            return read_image_request(
+                body, headers, runtime.signature, runtime.preprocessing, self._limits.max_image_pixels
             )
         length = headers.get(b"inference-header-content-length")
         return self._reader.read(body, None if length is None else length.decode("latin-1"))
@@ -207,12 +270,13 @@ class Inference:
             return refusal(500, "nonfinite_output", f"the model gave a non-finite output: {found}; {hint}")
         return Answer(200, body, [(name.encode(), value.encode()) for name, value in headers.items()])
 
-    def _submit(self, request: InferRequest, receive: Receive) -> Pending:
+    def _submit(self, request: InferRequest, ended: Callable[[Outcome], object], receive: Receive | None) -> Pending:
         loop = asyncio.get_running_loop()
         timeout, own = self._timeout(request)
         deadline = None if timeout is None else time.monotonic() + timeout
         job = Pending(
             list(request.inputs.values()),
+            ended,
             receive,
             deadline,
             allow_nonfinite=self._flags(request),
@@ -296,15 +360,40 @@ class Inference:
         for job in list(self._pending):
             if job.deadline is not None and job.deadline <= now:
                 self._expire(job)
-            elif job.watch is None and now - job.arrived >= PATROL_INTERVAL:
-                job.watch = asyncio.get_running_loop().create_task(self._watch(job))
+            elif job.receive is not None and job.watch is None and now - job.arrived >= PATROL_INTERVAL:
+                job.watch = asyncio.get_running_loop().create_task(self._watch(job, job.receive))
         self._patrolling = bool(self._pending)
         if self._patrolling:
             asyncio.get_running_loop().call_later(PATROL_INTERVAL, self._patrol)
 
-    async def _watch(self, job: Pending) -> None:
+    async def _watch(self, job: Pending, receive: Receive) -> None:
         """Drop a request whose client goes away: after the body nothing else can come."""
-        message = await job.receive()
+        message = await receive()
         if message["type"] == "http.disconnect":
             self._engine.drop(job)
             job.settle("gone")
+
+
+def is_small(body: bytes | bytearray, headers: Mapping[bytes, bytes]) -> bool:
+    """Tell whether a request is read on the event loop."""
+    return len(body) <= SMALL and b"content-encoding" not in headers and not is_image(headers)
+
+
+def _end(ended: asyncio.Future[Outcome], outcome: Outcome) -> None:
+    """Wake who awaits a request's end, unless he was cancelled."""
+    if not ended.done():
+        ended.set_result(outcome)
+
+
+def _is_large(result: Result) -> bool:
+    """Tell whether an answer is not written on the event loop."""
+    return sum([tensor.nbytes for tensor in result.outputs.values()]) > SMALL
+
+
+def _written(writing: asyncio.Future[Answer]) -> Answer:
+    """Return an answer that was written aside."""
+    error = asyncio.CancelledError() if writing.cancelled() else writing.exception()
+    if error is None:
+        return writing.result()
+    _log.error("an answer could not be written", exc_info=error)
+    return INTERNAL
