@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple, get_args
 
@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from guardserve import __version__
 from guardserve.engine import FAULTS, Engine, EngineCounts
-from guardserve.monitor import Snapshot, State, Verdict
+from guardserve.monitor import State, Verdict
 from guardserve.runtime import Runtime
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -277,7 +277,7 @@ class RuntimeCollector(Collector):
         runtime = self._runtime
         model = runtime.name
         monitor = runtime.monitor
-        total, verdict = monitor.snapshot(), monitor.verdict()
+        (samples, nonfinite), verdict = monitor.counts(), monitor.verdict()
         yield _family("guardserve_build_info", [((__version__, torch.__version__, platform.python_version()), 1)])
         yield _family("guardserve_model_info", [((model, runtime.platform, str(runtime.device)), 1)])
         yield _family("guardserve_model_ready", [((model,), runtime.failure is None)])
@@ -286,10 +286,10 @@ class RuntimeCollector(Collector):
         yield _family("guardserve_guard_violations_total", [((model, kind), counts[kind]) for kind in kinds])
         observed = [((model, "true"), len(monitor.layers)), ((model, "false"), len(monitor.unobserved))]
         yield _family("guardserve_batchnorm_layers", observed)
-        unobservable = sum(total.unobservable_channels.values())
+        unobservable = sum(monitor.unobservable_channels.values())
         yield _family("guardserve_unobservable_channels", [((model,), unobservable)])
-        yield _family("guardserve_samples_total", [((model,), total.samples)])
-        yield _family("guardserve_nonfinite_samples_total", list(_nonfinite(runtime, total)))
+        yield _family("guardserve_samples_total", [((model,), samples)])
+        yield _family("guardserve_nonfinite_samples_total", list(_nonfinite(runtime, nonfinite)))
         yield _family("guardserve_shift_threshold", [((model,), monitor.threshold)])
         states = [((model, state), state == verdict.state) for state in get_args(State)]
         yield _family("guardserve_shift_state", states)
@@ -320,12 +320,11 @@ def _shift(model: str, verdict: Verdict) -> Iterator[Metric]:
     )
 
 
-def _nonfinite(runtime: Runtime, total: Snapshot) -> Iterator[Row]:
+def _nonfinite(runtime: Runtime, seen: Mapping[str, int]) -> Iterator[Row]:
     """Count by origin; what can count is there from the start, at 0."""
     for origin, specs in (("input", runtime.signature.inputs), ("output", runtime.signature.outputs)):
         for spec in specs:
             yield (runtime.name, origin, spec.name), runtime.nonfinite[origin, spec.name]
-    seen = {layer.name: layer.nonfinite_samples for layer in total.layers}
     for layer in runtime.monitor.layers:
         yield (runtime.name, "activation", layer), seen.get(layer, 0)
 

@@ -109,3 +109,32 @@ def test_the_state_is_one_of_all_states_and_evidence_comes_with_a_reference_only
         assert ("\nguardserve_shift_evidence{" in text) is referenced
         assert ("\nguardserve_shift_evidence_threshold{" in text) is referenced
         assert "\nguardserve_shift_alarms_total{" in text
+
+
+def test_a_large_model_has_few_series_and_a_scrape_of_it_computes_little() -> None:
+    """Of 200 layers with 2,048 channels each, only layers and the worst channels are series: four for a layer."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm1d(2048) for _ in range(200))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for norm in self.norms:
+                x = norm(x)
+            return x[:, :4]
+
+    runtime = Runtime(loaded(Deep().eval(), TensorSpec("x", torch.float32, (-1, 2048))))
+    runtime.start()
+    try:
+        for _ in range(10):
+            runtime.infer({"x": torch.randn(8, 2048)})
+        samples = [
+            sample.name
+            for family in text_string_to_metric_families(Metrics(runtime).render().decode())
+            for sample in family.samples
+        ]
+    finally:
+        runtime.close()
+    assert len(samples) < 4 * 200 + 200
+    assert samples.count("guardserve_channel_wasserstein2") == WORST_CHANNELS

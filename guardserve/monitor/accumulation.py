@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,7 @@ class Scale:
 
     def __init__(self, points: Sequence[ObservationPoint]) -> None:
         self._points = points
-        self._constants = _constants(points)
+        self._constants = constants_of(points)
         scales, locations = zip(*[point.affine for point in points], strict=True)
         self.ends = list(accumulate(map(len, scales)))
         scale, location = torch.cat(scales), torch.cat(locations)
@@ -59,10 +60,7 @@ class Scale:
 
     def is_current(self) -> bool:
         """Tell whether the layers still have the constants that it was made from."""
-        return all(
-            now is then and version == before is not None
-            for (now, version), (then, before) in zip(_constants(self._points), self._constants, strict=True)
-        )
+        return same_constants(self._constants, constants_of(self._points))
 
     def moments(self, rows: Sequence[Rows]) -> RouteMoments:
         """Standardise and summarise rows; non-finite values are left out of their own channel only."""
@@ -193,7 +191,18 @@ class Seen:
         return dict(sorted(found.items()))
 
 
-def _constants(points: Sequence[ObservationPoint]) -> list[tuple[torch.Tensor | None, int | None]]:
+Constants: TypeAlias = list[tuple[torch.Tensor | None, int | None]]
+
+
+def same_constants(before: Constants, now: Constants) -> bool:
+    """Tell whether constants are the same tensors still, and unchanged as far as torch tells."""
+    return all(
+        now_tensor is tensor and (tensor is None or now_version == version is not None)
+        for (tensor, version), (now_tensor, now_version) in zip(before, now, strict=True)
+    )
+
+
+def constants_of(points: Sequence[ObservationPoint]) -> Constants:
     """List what standardisation depends on, with its version; an inference tensor has none."""
     tensors = [tensor for point in points for tensor in point.constants]
     return [(tensor, None if tensor is None or tensor.is_inference() else tensor._version) for tensor in tensors]  # noqa: SLF001

@@ -107,8 +107,9 @@ def describe(average: ShiftAverage, profile: ReferenceProfile, layer: int, age: 
     """Say what a shift looks like, in three parts.
 
     Where: an input that looks different moves early layers most, and a trained model damps it on the way, or moves
-    them farther than any clean sample is from the mean; another mixture of classes moves late layers most. What: the means of the lead layer's channels, or their spread. How
-    long: ``age`` samples since the alarm, ``over`` if it has ended.
+    them farther than any clean sample is from the mean; another mixture of classes moves late layers most. What: the
+    means of the lead layer's channels, or their spread. How long: ``age`` samples since the alarm, ``over`` if it has
+    ended.
     """
     if over:
         lasts = f"burst, over within {age} samples" if age < LASTING else f"lasted {age} samples"

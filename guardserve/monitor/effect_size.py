@@ -5,8 +5,12 @@ These are effect sizes, not tests: they have no null distribution, and threshold
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from guardserve.batchnorm import ObservationPoint
@@ -89,37 +93,65 @@ class LayerMoments:
         )
 
 
-def layer_shift(point: ObservationPoint, seen: LayerMoments, worst: int) -> LayerShift:
-    """Compare what a layer has accumulated with its running statistics.
+def layer_shifts(layers: Sequence[tuple[ObservationPoint, LayerMoments]], worst: int) -> tuple[LayerShift, ...]:
+    """Compare what layers have accumulated with their running statistics, all at once.
 
     The live variance is that over samples of their means plus the mean of their variances. Where not all positions
     are read, the one grows by as much as the other shrinks, so that the sum is that of all positions.
 
     Args:
-        point: The layer.
-        seen: Its accumulated moments, with at least one finite value in some channel; a channel without any
-            is left out, and with none at all the effect sizes are NaN.
-        worst: How many channels to name.
+        layers: Each layer and its accumulated moments, with at least one finite value in some channel; a channel
+            without any is left out, and with none at all the effect sizes are NaN.
+        worst: How many channels of each to name.
     """
-    expected = point.expected_variance
-    mean_shift = seen.moments.mean
-    variance = seen.within + seen.moments.variance
-    log_std_ratio = 0.5 * (variance + 1 - expected).log()
-    spread = variance.sqrt() - expected.clamp(min=0).sqrt()
-    wasserstein2 = (mean_shift.square() + spread.square()).sqrt()
-    known = (seen.moments.count > 0) & wasserstein2.isfinite()
-    order = torch.where(known, wasserstein2, -1).argsort(descending=True)[: min(worst, int(known.sum()))].tolist()
-    rms = [float(size[known].square().mean().sqrt()) for size in (mean_shift, log_std_ratio, wasserstein2)]
-    return LayerShift(
-        rms[0],
-        rms[1],
-        rms[2],
-        name=point.name,
-        channels=len(mean_shift),
-        samples=seen.samples,
-        nonfinite_samples=seen.nonfinite_samples,
-        worst_channels=tuple(
-            ChannelShift(float(mean_shift[i]), float(log_std_ratio[i]), float(wasserstein2[i]), channel=i)
-            for i in order
-        ),
+    if not layers:
+        return ()
+    ends = list(accumulate(len(seen.within) for _, seen in layers))
+    starts = [0, *ends[:-1]]
+    expected = torch.cat([point.expected_variance for point, _ in layers]).numpy()
+    count, mean_shift, m2 = (
+        torch.cat(part).numpy()
+        for part in zip(*[(seen.moments.count, seen.moments.mean, seen.moments.m2) for _, seen in layers], strict=True)
     )
+    variance = torch.cat([seen.within for _, seen in layers]).numpy() + m2 / np.maximum(count, 1)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        log_std_ratio = 0.5 * np.log(variance + 1 - expected)
+        wider = np.sqrt(variance) - np.sqrt(np.maximum(expected, 0))
+        wasserstein2 = np.sqrt(np.square(mean_shift) + np.square(wider))
+        known = (count > 0) & np.isfinite(wasserstein2)
+        numbers = np.add.reduceat(known, starts, dtype=np.int64)
+        sizes = [
+            np.sqrt(np.add.reduceat(np.where(known, np.square(size), 0.0), starts) / numbers).tolist()
+            for size in (mean_shift, log_std_ratio, wasserstein2)
+        ]
+    ranked = np.where(known, wasserstein2, -1.0)
+    shifts = []
+    for row, (point, seen) in enumerate(layers):
+        start, end = starts[row], ends[row]
+        order = start + _largest(ranked[start:end], min(worst, int(numbers[row])))
+        named = zip(
+            *[size[order].tolist() for size in (mean_shift, log_std_ratio, wasserstein2)],
+            (order - start).tolist(),
+            strict=True,
+        )
+        shifts.append(
+            LayerShift(
+                sizes[0][row],
+                sizes[1][row],
+                sizes[2][row],
+                name=point.name,
+                channels=end - start,
+                samples=seen.samples,
+                nonfinite_samples=seen.nonfinite_samples,
+                worst_channels=tuple(
+                    ChannelShift(mean, spread, distance, channel=channel) for mean, spread, distance, channel in named
+                ),
+            )
+        )
+    return tuple(shifts)
+
+
+def _largest(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.intp]:
+    """Return the indices of the largest values, the largest first."""
+    order = np.argpartition(-values, count)[:count] if 0 < count < len(values) else np.arange(len(values))
+    return order[np.argsort(-values[order], kind="stable")][:count]

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -16,10 +16,10 @@ from torch import nn
 from typing_extensions import Self
 
 from guardserve.exceptions import ReferenceProfileError
-from guardserve.monitor.accumulation import Scales, Seen
+from guardserve.monitor.accumulation import Constants, Scales, Seen, constants_of, same_constants
 from guardserve.monitor.budget import Budget
 from guardserve.monitor.detector import CHUNK, Detector, State
-from guardserve.monitor.effect_size import layer_shift
+from guardserve.monitor.effect_size import layer_shifts
 from guardserve.monitor.features import FeatureReader
 from guardserve.monitor.reading import VALUES
 from guardserve.monitor.reference import ReferenceProfile
@@ -107,6 +107,7 @@ class Monitor:
         self._detector: Detector | None = None
         self._reader: FeatureReader | None = None
         self._waiting = _Waiting()
+        self._unobservable: dict[str, tuple[Constants, int]] = {}
         take = weakref.WeakMethod(self._take)  # or the model's hooks would keep a forgotten monitor alive
 
         def emit(record: Record) -> None:
@@ -183,15 +184,34 @@ class Monitor:
                 seen.merge(self._total)
         return self._summarise(seen)
 
+    def counts(self) -> tuple[int, dict[str, int]]:
+        """Count the samples since the start or the last reset, and for each layer those with a non-finite value."""
+        with self._lock:
+            self._accumulate()
+            total = self._total
+            nonfinite = Counter[str]()
+            for route, moments in total.routes.items():
+                for index, count in zip(route, moments.nonfinite_samples.tolist(), strict=True):
+                    nonfinite[self._taps.points[index].name] += count
+            return total.samples, dict(nonfinite)
+
+    @property
+    def unobservable_channels(self) -> dict[str, int]:
+        """Layers with channels that are left out, with the number of these channels; see :class:`Snapshot`."""
+        for point in self._taps.points:
+            constants = constants_of([point])
+            known = self._unobservable.get(point.name)
+            if known is None or not same_constants(known[0], constants):
+                self._unobservable[point.name] = constants, point.unobservable_channels
+        return {name: count for name, (_, count) in self._unobservable.items() if count}
+
     def _summarise(self, seen: Seen) -> Snapshot:
         points = self._taps.points
-        layers = tuple(
-            layer_shift(points[index], moments, self._worst_channels)
-            for index, moments in seen.layers(self._scales).items()
-            if points[index].readable
-        )
-        unobservable = {point.name: point.unobservable_channels for point in points}
-        return Snapshot(seen.samples, layers, self.unobserved, {name: n for name, n in unobservable.items() if n})
+        found = [
+            (points[index], moments) for index, moments in seen.layers(self._scales).items() if points[index].readable
+        ]
+        layers = layer_shifts(found, self._worst_channels)
+        return Snapshot(seen.samples, layers, self.unobserved, self.unobservable_channels)
 
     def verdict(self) -> Verdict:
         """Judge what is pending and say what the monitor makes of what it has seen."""
