@@ -13,6 +13,11 @@ Every one of them names what was wrong (the module, the field, the value seen) a
     │   └── DetectorStateError     what a detector remembered does not fit its profile, or is damaged
     ├── ModelOutputError           what the model returned cannot be served
     ├── InputError                 an inference request's tensors do not fit the model (also a ValueError)
+    ├── ClientError                a client did not get what it asked for
+    │   ├── ResponseError          the server's answer was an error
+    │   │   └── OverloadedError    as it could not take more
+    │   └── UnreachableError       there was no answer
+    │       └── ClientTimeoutError in time (also a TimeoutError)
     └── GuardError                 a safeguard stopped an inference
         ├── NonFiniteOutputError   an output holds NaN or infinity
         └── TrainingModeError      eval mode does not keep the model from using or moving batch statistics
@@ -82,6 +87,47 @@ class ModelOutputError(GuardserveError):
 
 class InputError(GuardserveError, ValueError):
     """The tensors of an inference request do not fit the model's signature."""
+
+
+class ClientError(GuardserveError):
+    """A client did not get what it asked for."""
+
+
+class ResponseError(ClientError):
+    """The server's answer was an error.
+
+    Attributes:
+        status: HTTP status.
+        message: What the server said.
+    """
+
+    def __init__(self, status: int, message: str, *rest: object) -> None:
+        super().__init__(status, message, *rest)
+        self.status = status
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.message} (HTTP {self.status})"
+
+
+class OverloadedError(ResponseError):
+    """The server could not take more, or its model is not ready.
+
+    Attributes:
+        retry_after: Seconds after which it wants to be asked again, if it said so.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: float | None) -> None:
+        super().__init__(status, message, retry_after)
+        self.retry_after = retry_after
+
+
+class UnreachableError(ClientError):
+    """The server gave no answer."""
+
+
+class ClientTimeoutError(UnreachableError, TimeoutError):
+    """The server gave no answer in time."""
 
 
 class GuardError(GuardserveError):
