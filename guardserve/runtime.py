@@ -75,6 +75,7 @@ class Runtime:
         failure: Why the model is not ready; None when it is.
         failing: Whether that is a fault met since it started, which may pass: see :meth:`fail`.
         signature: Its inputs, and once it has started its outputs.
+        preprocessing: How images become its only input, if that is declared.
         static_batch: The only batch size that the model takes, None when it takes any.
         apart: Why samples of different requests must not share a forward; None when they may.
         monitor: The monitor on its BatchNorm layers.
@@ -97,6 +98,7 @@ class Runtime:
         self.platform = loaded.platform
         self.device = loaded.device
         self.signature = Signature(loaded.inputs)
+        self.preprocessing = loaded.preprocessing
         self.failure: str | None = "the model has not been probed yet"
         self.failing = False
         self.apart: str | None = None

@@ -26,6 +26,9 @@ class ServeSettings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="Port to speak the protocol over gRPC on, too; needs the extra grpc."
+    )
     name: str | None = Field(
         None, description="The model's name in URLs and metrics; by default the factory's or file's."
     )
@@ -39,6 +42,11 @@ class ServeSettings(BaseSettings):
     )
     input_dtype: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Element type of an input: float32 or NAME=int64. Repeatable."
+    )
+    image_preprocessing: str | None = Field(
+        None,
+        description="How JPEG and PNG images become the only input, as 'resize=256 crop=224 mean=0.485,0.456,0.406 "
+        "std=0.229,0.224,0.225'; by default as the factory declares it. Needs the extra images.",
     )
     allow_pickle: bool = Field(
         default=False, description="Load files that run pickled code. Only for files you trust as you trust a program."
@@ -80,6 +88,9 @@ class ServeSettings(BaseSettings):
         "Requests that are there together share one in any case.",
     )
     max_body_size: int = Field(64 * MIB, ge=1, description="Most bytes of a request body, after decompression.")
+    max_image_pixels: int = Field(
+        2**25, ge=1, description="Most pixels of an image in a request, told by its header before it is decoded."
+    )
     max_pending_size: int = Field(
         512 * MIB, ge=1, description="Most bytes of all request bodies held at once; more are refused with 503."
     )

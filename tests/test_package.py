@@ -21,7 +21,7 @@ LEVELS = (
     {"graphs"},
     {"modes", "buffers", "decoration", "gradients", "outputs"},
     {"tracing"},
-    {"fusion", "guard", "loading", "settings", "monitor", "logs", "traces"},
+    {"fusion", "guard", "loading", "settings", "monitor", "logs", "traces", "client"},
     {"audit"},
     {"runtime"},
     {"engine"},
@@ -30,9 +30,14 @@ LEVELS = (
     {"watch"},
     {"page"},
     {"service"},
+    {"rpc"},
     {"demo"},
     {"cli", "pytest_plugin"},
 )
+
+
+LAZY = {"AsyncClient", "Client"}
+"""Public names that are imported when they are asked for."""
 
 
 def test_all_is_exactly_the_public_names() -> None:
@@ -40,7 +45,7 @@ def test_all_is_exactly_the_public_names() -> None:
     public = {
         name for name, value in vars(guardserve).items() if not name.startswith("_") and not inspect.ismodule(value)
     }
-    assert public | {"__version__"} == set(guardserve.__all__)
+    assert public | LAZY | {"__version__"} == set(guardserve.__all__)
     assert guardserve.__all__ == sorted(guardserve.__all__)
 
 
@@ -52,6 +57,18 @@ def test_importing_it_loads_torch_and_nothing_of_the_web_metrics_or_command_line
     assert "torch" in loaded
     unwanted = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "click", "httpx", "rich", "orjson"}
     assert not loaded & unwanted
+    assert "torch._dynamo" not in done.stdout.split(), "the compiler takes seconds and 100 MB"
+
+
+def test_the_clients_are_imported_when_they_are_asked_for() -> None:
+    """And they load no server."""
+    code = f"import sys, guardserve; [getattr(guardserve, name) for name in {LAZY}]; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "httpx" in loaded
+    assert not loaded & {"fastapi", "starlette", "uvicorn", "prometheus_client"}
+    with pytest.raises(AttributeError, match="Clinet"):
+        _ = guardserve.Clinet
 
 
 def room(module: str) -> str:

@@ -13,13 +13,12 @@ from rich.progress import Progress
 
 from guardserve.cli.options import Command, loading_options
 from guardserve.exceptions import ReferenceProfileError
-from guardserve.loading import load_model
+from guardserve.loading import LoadedModel, load_model
 from guardserve.loading.arrays import ArrayBatches, load_batches
 from guardserve.loading.images import ImageBatches, load_images
 from guardserve.monitor import ReferenceProfile, ReferenceWarning
 from guardserve.monitor.reference import CARRIED
 from guardserve.settings import load_settings
-from guardserve.signature import TensorSpec
 
 
 @click.command(cls=Command)
@@ -50,7 +49,8 @@ def reference(
 
     The samples are those of production on a good day, prepared as requests are, in an array whose first axis counts
     them, or images; better 1,000 or more. Unless --ordered says otherwise, they are independent of each other. MODEL,
-    with one input, is as for guardserve serve.
+    with one input, is as for guardserve serve. If it declares @guardserve.image_preprocessing, images are prepared so
+    unless --image-size, --image-mean or --image-std say otherwise.
 
     \b
     Examples:
@@ -74,7 +74,7 @@ def reference(
         raise ReferenceProfileError(
             f"{model} has {len(loaded.inputs)} inputs: use ReferenceProfile.fit, whose loader may give mappings"
         )
-    batches = _open(data, loaded.inputs[0], **images)
+    batches = _open(data, loaded, **images)
     if not out.parent.is_dir():
         raise ReferenceProfileError(f"{out.parent} is no folder: make it first")
     console = Console()
@@ -93,11 +93,12 @@ def reference(
 
 
 def _open(
-    data: Path, spec: TensorSpec, image_size: int | None, image_mean: str, image_std: str
+    data: Path, loaded: LoadedModel, image_size: int | None, image_mean: str, image_std: str
 ) -> ArrayBatches | ImageBatches:
+    spec = loaded.inputs[0]
     if data.is_dir():
         mean, std = _numbers("mean", image_mean), _numbers("std", image_std)
-        return load_images(data, spec, size=image_size, mean=mean, std=std)
+        return load_images(data, spec, size=image_size, mean=mean, std=std, declared=loaded.preprocessing)
     if image_size is not None or image_mean or image_std:
         raise ReferenceProfileError(
             f"{data} is no folder of images: --image-size, --image-mean and --image-std are for those"

@@ -10,6 +10,7 @@ from typing import Any
 import click
 import torch
 import uvicorn
+from starlette.types import ASGIApp
 
 from guardserve.audit import audit
 from guardserve.cli.options import Command, settings_options
@@ -17,9 +18,10 @@ from guardserve.exceptions import GuardserveError, SettingsError
 from guardserve.loading import load_model
 from guardserve.logs import configure_logs
 from guardserve.monitor import ReferenceProfile
+from guardserve.rpc import RpcServer
 from guardserve.runtime import Runtime, fuse_loaded
 from guardserve.service.access import Access, is_loopback, read_keys
-from guardserve.service.app import create_app
+from guardserve.service.app import Service, create_app
 from guardserve.service.limits import Limits
 from guardserve.service.server import Server
 from guardserve.settings import ENV_PREFIX, ServeSettings, load_settings
@@ -68,6 +70,7 @@ def serve(model: str, **options: Any) -> None:
         input_shapes=settings.input_shape,
         input_dtypes=settings.input_dtype,
         name=settings.name,
+        image_preprocessing=settings.image_preprocessing,
     )
     findings = audit(loaded.module, ignore=["BN001"]).findings  # the guard holds it in eval mode, whatever it says
     if settings.fuse:
@@ -106,10 +109,28 @@ def serve(model: str, **options: Any) -> None:
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
         )
-        server = Server(config, app.life, settings.drain_delay)
+        server = Server(config, app.life, settings.drain_delay, _rpc(settings, served, app))
         server.run()
     if not server.started:
         raise GuardserveError(f"the server did not start on {settings.host}:{settings.port}")
+
+
+def _rpc(settings: ServeSettings, served: ASGIApp, app: Service) -> RpcServer | None:
+    """Return the gRPC server, if there is to be one."""
+    if settings.grpc_port is None:
+        return None
+    certificate = None if settings.ssl_certfile is None else (settings.ssl_certfile, settings.ssl_keyfile)
+    _, gateway = app.inference
+    return RpcServer(
+        served,
+        gateway,
+        settings.host,
+        settings.grpc_port,
+        max_message_size=settings.max_body_size,
+        max_calls=settings.max_connections,
+        grace=settings.shutdown_timeout,
+        certificate=certificate,
+    )
 
 
 def _access(settings: ServeSettings) -> Access:

@@ -10,5 +10,13 @@ from people you trust.
 from guardserve.loading.devices import resolve_device
 from guardserve.loading.examples import example_input
 from guardserve.loading.model import LoadedModel, load_model
+from guardserve.loading.preprocessing import ImagePreprocessing, image_preprocessing
 
-__all__ = ["LoadedModel", "example_input", "load_model", "resolve_device"]
+__all__ = [
+    "ImagePreprocessing",
+    "LoadedModel",
+    "example_input",
+    "image_preprocessing",
+    "load_model",
+    "resolve_device",
+]

@@ -19,6 +19,7 @@ from guardserve.loading.examples import find_example
 from guardserve.loading.factories import build, is_reference
 from guardserve.loading.files import FileKind, file_kind, reason
 from guardserve.loading.inputs import InputFlags, agreed_specs, forward_parameters, input_specs
+from guardserve.loading.preprocessing import ImagePreprocessing, find_preprocessing
 from guardserve.loading.programs import load_exported, load_torchscript
 from guardserve.signature import TensorSpec
 
@@ -41,6 +42,7 @@ class LoadedModel:
         platform: ``pytorch_eager``, ``pytorch_torchscript`` or ``pytorch_export``.
         device: Where its parameters are and its inputs must be.
         source: What the user named.
+        preprocessing: How images become its only input, if that is declared.
     """
 
     name: str
@@ -49,6 +51,7 @@ class LoadedModel:
     platform: str
     device: torch.device
     source: str
+    preprocessing: ImagePreprocessing | None = None
 
 
 def load_model(
@@ -60,6 +63,7 @@ def load_model(
     input_shapes: Sequence[str] = (),
     input_dtypes: Sequence[str] = (),
     name: str | None = None,
+    image_preprocessing: str | None = None,
 ) -> LoadedModel:
     """Load a model and work out what it takes.
 
@@ -73,6 +77,8 @@ def load_model(
             for each sample. The name may be left out when there is one input. Given shapes override an example's.
         input_dtypes: ``name=float32``, likewise, as torch or the inference protocol names it; float32 if not known.
         name: Name to serve the model under; by default the factory's, or the file's without its suffix.
+        image_preprocessing: How images become its only input: see :meth:`ImagePreprocessing.parse`; by default as its
+            factory declares it with ``@image_preprocessing``.
 
     Returns:
         The model. It is in the mode in which the source left it.
@@ -89,7 +95,7 @@ def load_model(
     with torch.inference_mode(mode=False):
         if is_reference(reference):
             served_as = _name(name, reference.rpartition(":")[2].rpartition(".")[2])
-            module, inputs, platform = _from_factory(reference, weights, flags, allow_pickle=allow_pickle)
+            module, inputs, platform, declared = _from_factory(reference, weights, flags, allow_pickle=allow_pickle)
         else:
             path = Path(reference)
             kind = file_kind(path)
@@ -97,8 +103,12 @@ def load_model(
                 raise ModelLoadError(f"weights are for a factory's model, but {path} is a {kind.value}: leave them out")
             served_as = _name(name, path.stem)
             module, inputs, platform = _from_file(path, kind, target, flags, allow_pickle=allow_pickle)
+            declared = find_preprocessing(module)
         module = _on_device(module, target)
-    return LoadedModel(served_as, module, inputs, platform, target, source)
+    preprocessing = declared if image_preprocessing is None else ImagePreprocessing.parse(image_preprocessing)
+    if preprocessing is not None:
+        _check_preprocessing(preprocessing, inputs)
+    return LoadedModel(served_as, module, inputs, platform, target, source, preprocessing)
 
 
 def _name(given: str | None, default: str) -> str:
@@ -113,12 +123,20 @@ def _name(given: str | None, default: str) -> str:
 
 def _from_factory(
     reference: str, weights: str | Path | None, flags: InputFlags, *, allow_pickle: bool
-) -> tuple[nn.Module, tuple[TensorSpec, ...], str]:
+) -> tuple[nn.Module, tuple[TensorSpec, ...], str, ImagePreprocessing | None]:
     module, factory = build(reference)
     if weights is not None:
         load_weights(module, Path(weights), allow_pickle=allow_pickle)
     inputs = input_specs(forward_parameters(module), find_example(factory, module), flags, _DECLARE)
-    return module, inputs, "pytorch_torchscript" if isinstance(module, torch.jit.ScriptModule) else "pytorch_eager"
+    platform = "pytorch_torchscript" if isinstance(module, torch.jit.ScriptModule) else "pytorch_eager"
+    return module, inputs, platform, find_preprocessing(factory, module)
+
+
+def _check_preprocessing(preprocessing: ImagePreprocessing, inputs: Sequence[TensorSpec]) -> None:
+    if len(inputs) != 1:
+        names = ", ".join(spec.name for spec in inputs)
+        raise ModelLoadError(f"image preprocessing is for models with one input, but this one takes {names}")
+    preprocessing.check(inputs[0])
 
 
 def _from_file(

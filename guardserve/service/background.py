@@ -11,19 +11,22 @@ import uvicorn
 
 from guardserve.exceptions import GuardserveError
 from guardserve.service.app import Service
-from guardserve.service.server import Server
+from guardserve.service.server import Companion, Server
 
 START_TIMEOUT = 60.0
 
 
 @contextmanager
-def serve_in_background(app: Service, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def serve_in_background(
+    app: Service, host: str = "127.0.0.1", port: int = 0, companion: Companion | None = None
+) -> Iterator[str]:
     """Run an application under uvicorn until the block ends.
 
     Args:
         app: The application.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
+        companion: Another server of the application, to run beside it.
 
     Yields:
         The server's URL, once it accepts connections; the model may still be on its start-up probe.
@@ -31,9 +34,8 @@ def serve_in_background(app: Service, host: str = "127.0.0.1", port: int = 0) ->
     Raises:
         GuardserveError: If the server does not start.
     """
-    server = Server(
-        uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, proxy_headers=False), app.life
-    )
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, proxy_headers=False)
+    server = Server(config, app.life, companion=companion)
     thread = threading.Thread(target=server.run, name="guardserve-server")
     thread.start()
     try:

@@ -24,7 +24,7 @@ Reason: TypeAlias = Literal["malformed", "invalid_input", "unknown_output", "too
 - ``invalid_input``: an input does not fit the model, or its data does not fit its shape or datatype
 - ``unknown_output``: a requested output is not one of the model's
 - ``too_large``: the body exceeds the limit once decompressed
-- ``unsupported_encoding``: the body's Content-Encoding is not understood
+- ``unsupported_encoding``: the body's Content-Encoding, or its kind of image, is not understood
 """
 
 _T = TypeVar("_T")

@@ -15,6 +15,7 @@ from guardserve.metrics import CONTENT_TYPE, Metrics
 from guardserve.runtime import Runtime
 from guardserve.service.answer import Answer, refusal
 from guardserve.service.gateway import Gateway
+from guardserve.service.images import FORMATS
 from guardserve.service.life import Life
 from guardserve.service.protocol import model_metadata, server_metadata
 from guardserve.service.schemas import ErrorBody, InferenceRequest, InferenceResponse, ModelMetadata, ServerMetadata
@@ -87,7 +88,7 @@ class ProtocolEndpoints:
                 operation_id=f"{kind}_infer",
                 response_class=Response,
                 responses=answers,
-                openapi_extra=_infer_body(),
+                openapi_extra=_infer_body(images=self._runtime.preprocessing is not None),
             )(self.infer)
         return router
 
@@ -140,17 +141,15 @@ class ProtocolEndpoints:
             )
 
 
-def _infer_body() -> dict[str, Any]:
-    """Describe both forms of an inference request for the OpenAPI document."""
+def _infer_body(*, images: bool) -> dict[str, Any]:
+    """Describe the forms of an inference request for the OpenAPI document."""
     binary = {"type": "string", "format": "binary", "description": BINARY_BODY}
     json_schema = InferenceRequest.model_json_schema()
     json_schema = _inlined(json_schema, json_schema.pop("$defs"))
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": json_schema}, "application/octet-stream": {"schema": binary}},
-        }
-    }
+    content = {"application/json": {"schema": json_schema}, "application/octet-stream": {"schema": binary}}
+    if images:
+        content |= {name: {"schema": {"type": "string", "format": "binary"}} for name in FORMATS}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:

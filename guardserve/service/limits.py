@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from guardserve.loading.preprocessing import MAX_PIXELS
+
 MIB = 2**20
 
 
@@ -16,6 +18,7 @@ class Limits:
         max_queue_size: Most requests that wait for a forward; more are refused with 503.
         max_queue_delay: Seconds that a request may wait for others to share its forward when the model is idle.
         max_body_size: Most bytes of a request body, after decompression.
+        max_image_pixels: Most pixels of an image in a request.
         max_pending_size: Most bytes of all request bodies that are held at once; more are refused with 503.
         max_connections: Most connections; what more ask for, but health and metrics, is refused with 503.
         request_timeout: Seconds until a request that has no answer yet gets 504; None for none.
@@ -27,6 +30,7 @@ class Limits:
     max_queue_size: int = 256
     max_queue_delay: float = 0.0
     max_body_size: int = 64 * MIB
+    max_image_pixels: int = MAX_PIXELS
     max_pending_size: int = 512 * MIB
     max_connections: int = 1024
     request_timeout: float | None = 60.0

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 
@@ -21,6 +21,16 @@ POLL = 0.02
 """Seconds between two looks at the connections that linger."""
 
 
+class Companion(Protocol):
+    """Another server, which listens and stops together with this one."""
+
+    async def start(self) -> None:
+        """Start to listen."""
+
+    async def stop(self) -> None:
+        """Take no more requests, and finish those that there are."""
+
+
 class Server(uvicorn.Server):
     """Serves until a signal, then lets readiness fail, takes no more connections, and answers what it has accepted.
 
@@ -30,19 +40,25 @@ class Server(uvicorn.Server):
         config: uvicorn's configuration.
         life: What the application is told of it.
         drain_delay: Seconds between a signal and the end of the listening socket, for load balancers to notice.
+        companion: Another server of the same application.
     """
 
-    def __init__(self, config: uvicorn.Config, life: Life, drain_delay: float = 0.0) -> None:
+    def __init__(
+        self, config: uvicorn.Config, life: Life, drain_delay: float = 0.0, companion: Companion | None = None
+    ) -> None:
         config.http = connection_class(life.max_connections)
         super().__init__(config)
         life.connections = self.server_state.connections
         self._life = life
         self._drain_delay = drain_delay
+        self._companion = companion
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen."""
         self._loop = asyncio.get_running_loop()
+        if self._companion is not None:
+            await self._companion.start()
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -59,9 +75,13 @@ class Server(uvicorn.Server):
         self._life.drain()
         await self._stop_listening()
         self._life.close()
+        # the application ends with this server: what asks it must have finished before
+        stopping = None if self._companion is None else asyncio.ensure_future(self._companion.stop())
         end = time.monotonic() + LINGER
         while self.server_state.connections and time.monotonic() < end:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(POLL)
+        if stopping is not None:
+            await stopping
         await super().shutdown(sockets)
 
     def _stop(self) -> None:
