@@ -25,6 +25,7 @@ image-test: $(VENV)/.test
 docs-pictures: $(VENV)/.test
 	$(PIP) --group docs
 	$(BIN)/python docs/pictures/make.py
+	$(BIN)/python docs/pictures/detection.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
