@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from guardserve.exceptions import GuardserveError, MissingExtraError
 from guardserve.service.answer import Answer, failure
 from guardserve.service.body import HEADER_LENGTH, ProtocolError
 from guardserve.service.gateway import Gateway
+from guardserve.service.inference import SMALL
 
 SLACK = 64 * 1024
 """Bytes of a message beyond those of its tensors."""
@@ -30,12 +31,16 @@ CODES = {
     408: "DEADLINE_EXCEEDED",
     413: "RESOURCE_EXHAUSTED",
     415: "INVALID_ARGUMENT",
+    422: "FAILED_PRECONDITION",
     429: "RESOURCE_EXHAUSTED",
     499: "CANCELLED",
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
 """gRPC's status for each of HTTP's that the service answers with; INTERNAL for the others."""
+
+LINGER = 0.5
+"""Seconds in which calls are refused before the connections end."""
 
 UNREADY = 503
 
@@ -54,6 +59,9 @@ class Reply(NamedTuple):
     status: int
     headers: dict[bytes, bytes]
     body: bytes
+
+
+STOPPING = Reply(503, {b"retry-after": b"1"}, b'{"error": "the server is stopping: ask another one"}')
 
 
 class RpcServer:
@@ -107,6 +115,7 @@ class RpcServer:
         self._grace = grace
         self._certificate = certificate
         self._server: Any = None
+        self._stopping = False
         self._asking: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -140,8 +149,14 @@ class RpcServer:
         self._server = server
 
     async def stop(self) -> None:
-        """Take no more calls, and finish those that there are."""
+        """Take no more calls, and finish those that there are.
+
+        New ones are refused for a moment before the connections end: gRPC cancels what arrives just then, which
+        clients do not try again elsewhere as they do what is unavailable.
+        """
         if self._server is not None:
+            self._stopping = True
+            await asyncio.sleep(LINGER)
             await self._server.stop(self._grace)
         for task in self._asking:
             task.cancel()
@@ -169,15 +184,25 @@ class RpcServer:
         return self._messages.CLASSES["ModelMetadataResponse"](**orjson.loads(reply.body))
 
     async def _ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if self._stopping:
+            await self._abort(context, STOPPING)
         path = f"{_path(request.model_name, request.model_version)}/infer"
         try:
-            body, headers = self._translation.write_http(request, context.time_remaining())
+            seconds = context.time_remaining()
+            body, headers = await self._translated(request.ByteSize(), self._translation.write_http, request, seconds)
         except ProtocolError as error:
             answer = await self._gateway.counted(_refused(error, request.model_name))
             await self._abort(context, Reply(answer.status, {}, answer.body))
         reply = await self._expect(context, "POST", path, headers, body)
         head = int(reply.headers[HEADER_LENGTH.lower().encode()])
-        return self._translation.read_http(reply.body, head, raw=self._translation.is_raw(request))
+        raw = self._translation.is_raw(request)
+        return await self._translated(len(reply.body), self._translation.read_http, reply.body, head, raw)
+
+    async def _translated(self, size: int, translate: Callable[..., Any], *arguments: Any) -> Any:
+        """Translate so many bytes; many where that keeps nobody waiting."""
+        if size <= SMALL:
+            return translate(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(None, translate, *arguments)
 
     async def _expect(
         self,

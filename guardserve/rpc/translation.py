@@ -72,7 +72,7 @@ def write_http(message: Any, seconds: float | None) -> tuple[bytes, list[tuple[b
     ]
 
 
-def read_http(body: bytes, head: int, *, raw: bool) -> Any:
+def read_http(body: bytes, head: int, raw: bool) -> Any:
     """Return the ModelInferResponse of an answer over HTTP whose tensors are all binary.
 
     Args:

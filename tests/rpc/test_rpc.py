@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -375,6 +376,34 @@ def test_a_message_that_is_too_large_is_refused() -> None:
         assert served.call("ServerLive").live
 
 
+def test_a_message_that_is_too_large_when_it_is_decompressed_is_refused() -> None:
+    """A few bytes that would become many."""
+    with faces(Two()) as served, grpc.insecure_channel(served.address) as channel:
+        request = CLASSES["ModelInferRequest"](**raw(bytes(2**25), shape=[2**25 // 12, 3]))
+        stub = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+        with pytest.raises(grpc.RpcError) as caught:
+            stub(request.SerializeToString(), timeout=20, compression=grpc.Compression.Gzip)
+        failed: Any = caught.value
+        assert failed.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("form", ["raw", "typed"])
+def test_a_large_message_is_translated_aside(form: str) -> None:
+    """And gets the same answer as a small one, row by row."""
+    rows = np.random.default_rng(0).normal(size=(40_000, 3)).astype(np.float32) + 10
+    with faces(Two(), max_batch_size=40_000) as served:
+        entry: dict[str, Any] = {"name": "x", "datatype": "FP32", "shape": list(rows.shape)}
+        fields: dict[str, Any] = {"raw_input_contents": [rows.tobytes()]}
+        if form == "typed":
+            entry["contents"], fields = {"fp32_contents": rows.reshape(-1)}, {}
+        answer = served.call("ModelInfer", model_name="net", inputs=[entry], **fields)
+        if form == "raw":
+            found = np.frombuffer(answer.raw_output_contents[1], np.float32)
+        else:
+            found = np.array(answer.outputs[1].contents.fp32_contents, np.float32)
+        np.testing.assert_allclose(found, 1 / rows[:, 0], rtol=1e-6)
+
+
 def test_a_model_that_is_not_ready_says_so() -> None:
     """Readiness is false rather than an error; inference is unavailable."""
 
@@ -402,6 +431,35 @@ def test_a_server_that_stops_finishes_its_calls() -> None:
             threading.Timer(0.5, gate.open.set).start()
         assert all(call.result().outputs for call in calls)
     assert served.refused("ServerLive")[0] is grpc.StatusCode.UNAVAILABLE
+
+
+def test_no_call_that_was_accepted_is_lost_when_the_server_stops() -> None:
+    """Under load every row that the model has seen is an answer that its client got."""
+    gate = Gate()
+    gate.open.set()
+    answered: list[float] = []
+
+    def hammer(address: str) -> None:
+        with grpc.insecure_channel(address) as channel:
+            stub = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            message = CLASSES["ModelInferRequest"](**row(77)).SerializeToString()
+            while True:
+                try:
+                    stub(message, timeout=20)
+                except grpc.RpcError as error:
+                    failed: Any = error
+                    assert failed.code() is grpc.StatusCode.UNAVAILABLE, failed
+                    assert "the server is stopping" in failed.details()
+                    return
+                answered.append(77)
+
+    with ThreadPoolExecutor(6) as threads:
+        with faces(gate) as served:
+            clients = [threads.submit(hammer, served.address) for _ in range(6)]
+            wait_until(lambda: len(answered) > 100)
+        for client in clients:
+            client.result()
+    assert gate.seen.count(77) == len(answered)
 
 
 def test_every_method_is_there_and_no_other() -> None:
@@ -441,6 +499,29 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(MissingExtraError, match=r"guardserve\[grpc\]"):
         RpcServer(create_app, create_app, "127.0.0.1", 0, max_message_size=1)  # type: ignore[arg-type]
+
+
+def test_tls_is_served_with_the_certificate_of_https(tmp_path: Path, require_program: Callable[[str], str]) -> None:
+    """A client that does not trust it, or speaks without it, gets nothing."""
+    certificate, key = tmp_path / "server.pem", tmp_path / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    making = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    making += ["-out", str(certificate), "-keyout", str(key)]
+    subprocess.run([require_program("openssl"), *making, *subject], check=True, capture_output=True)
+    runtime = Runtime(loaded(Two()))
+    app = create_app(runtime)
+    rpc = RpcServer(app, app.inference[1], "127.0.0.1", 0, max_message_size=2**20, certificate=(certificate, key))
+    with serve_in_background(app, companion=rpc):
+        trusted = grpc.ssl_channel_credentials(certificate.read_bytes())
+        for channel, status in (
+            (grpc.secure_channel(f"127.0.0.1:{rpc.port}", trusted), None),
+            (grpc.secure_channel(f"127.0.0.1:{rpc.port}", grpc.ssl_channel_credentials()), grpc.StatusCode.UNAVAILABLE),
+            (grpc.insecure_channel(f"127.0.0.1:{rpc.port}"), grpc.StatusCode.UNAVAILABLE),
+        ):
+            with channel:
+                call = channel.unary_unary(f"/{SERVICE}/ServerLive").future(b"", timeout=10)
+                failed = call.exception()
+                assert (None if failed is None else failed.code()) is status
 
 
 def test_the_command_serves_both(tmp_path: Path) -> None:
