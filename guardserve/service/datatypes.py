@@ -169,7 +169,7 @@ def _to_array(values: list[Any], dtype: torch.dtype) -> Array:
 
 def _narrow(numbers: Array) -> Array:
     """Round float64 to float32, refusing what overflows."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities of both signs have no sum
         narrow = numbers.astype(np.float32)
         if math.isfinite(narrow.sum()):
             return narrow
