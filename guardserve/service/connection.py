@@ -21,11 +21,15 @@ SLACK = 64
 """Connections beyond the limit that are still taken, for health and metrics; each is closed after one answer."""
 
 
+PATIENCE = 0.005
+"""Seconds that a body may come after its headers to be answered the short way; many clients send them apart."""
+
+
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, with an end to one that never sends a request, or never all of its headers.
 
-    An inference request that comes in one piece is answered past ASGI, whose tasks and messages cost more than a small
-    model: its answer is written in one piece too. Whatever is not plain goes the long way: a body in pieces, pipelined
+    An inference request that comes at once is answered past ASGI, whose tasks and messages cost more than a small
+    model; its answer is written at once too. Whatever is not plain goes the long way: large and late bodies, pipelined
     requests, clients that read slowly, refusals, middleware around the application.
     """
 
@@ -41,8 +45,9 @@ class Connection(HttpToolsProtocol):
         self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
         self._begun = False
         self._heading = False
-        # a request that may go the short way, if its body is there by the end of what has come
+        # a request that may go the short way, if its body is there soon
         self._plain: tuple[Any, Gateway] | None = None
+        self._late: asyncio.TimerHandle | None = None
         self._job: Pending | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -50,6 +55,7 @@ class Connection(HttpToolsProtocol):
         if self.transport is not None:
             self._stop_waiting()
             super().connection_lost(exc)
+            self._go_on()
             if self._job is not None:
                 self._job.settle("gone")
 
@@ -57,8 +63,10 @@ class Connection(HttpToolsProtocol):
         """Take what has come; if that is a part of a request's headers, wait only so long for the rest."""
         super().data_received(data)
         if self._plain is not None:
-            (cycle, _), self._plain = self._plain, None
-            super()._start_asgi_task(cycle, self.app)
+            if self.flow.read_paused:  # it is a large one
+                self._go_on()
+            elif self._late is None:
+                self._late = self.loop.call_later(PATIENCE, self._go_on)
         if self._begun and self._waiting is None:
             self._waiting = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
 
@@ -80,12 +88,13 @@ class Connection(HttpToolsProtocol):
         """Take the end of a request's body."""
         super().on_message_complete()
         if self._plain is not None:
-            (cycle, gateway), self._plain = self._plain, None
+            cycle, gateway = self._plain
             headers = dict(cycle.scope["headers"])
             if is_small(cycle.body, headers):
+                self._forget_plain()
                 self._answer(cycle, gateway, headers)
             else:
-                super()._start_asgi_task(cycle, self.app)
+                self._go_on()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """Begin with a request whose headers are there."""
@@ -95,6 +104,19 @@ class Connection(HttpToolsProtocol):
                 self._plain = cycle, gateway
                 return
         super()._start_asgi_task(cycle, app)
+
+    def _go_on(self) -> None:
+        """Go the long way with a request that is not as plain as it looked."""
+        if self._plain is not None:
+            cycle, _ = self._plain
+            self._forget_plain()
+            super()._start_asgi_task(cycle, self.app)
+
+    def _forget_plain(self) -> None:
+        self._plain = None
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
     def _answer(self, cycle: Any, gateway: Gateway, headers: dict[bytes, bytes]) -> None:
         cycle.on_response = None  # it would keep the connection alive, and is uvicorn's to clear

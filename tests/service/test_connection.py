@@ -1,0 +1,234 @@
+"""The short way of plain inference requests, past ASGI: what takes it, what must not, and that nobody can tell."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import httpx
+import pytest
+import torch
+from serving import loaded, metric, serving, wait_until
+from torch import nn
+
+from guardserve.runtime import Runtime
+from guardserve.service import inference
+from guardserve.service.app import create_app
+from guardserve.service.background import serve_in_background
+from guardserve.service.connection import PATIENCE
+from guardserve.service.gateway import Gateway
+from guardserve.service.limits import Limits
+from guardserve.signature import TensorSpec
+
+INFER = "/v2/models/net/infer"
+
+
+class Echo(nn.Module):
+    """Gives its input back, through a BatchNorm layer; waits at a gate for inputs that begin with 77."""
+
+    def __init__(self, copies: int = 1) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3, eps=0)
+        self.open = threading.Event()
+        self.copies = copies
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise, when the gate is open."""
+        if (x[:, 0] == 77).any():
+            self.open.wait(30)
+        y: torch.Tensor = self.bn(x)
+        return y.repeat(1, self.copies)
+
+
+@pytest.fixture
+def short() -> Iterator[mock.Mock]:
+    """Count the requests that take the short way."""
+    with mock.patch.object(Gateway, "begin", autospec=True, side_effect=Gateway.begin) as begin:
+        yield begin
+
+
+def request(first: float, *headers: str, path: str = INFER, version: str = "1.1") -> bytes:
+    """Write a request of one row as it goes over the wire."""
+    tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [first, 1.0, 2.0]}
+    content = json.dumps({"inputs": [tensor]}).encode()
+    lines = [f"POST {path} HTTP/{version}", "Host: test", f"Content-Length: {len(content)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+@contextmanager
+def connected(client: httpx.Client) -> Iterator[Connection]:
+    """Connect to a client's server without any HTTP."""
+    address = client.base_url.host, client.base_url.port or 80
+    with socket.create_connection(address, timeout=20) as sock:
+        yield Connection(sock)
+
+
+class Connection:
+    """A connection on which answers are read one by one."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.file = sock.makefile("rb")
+
+    def answer(self) -> tuple[int, dict[str, str], bytes]:
+        """Read one answer: status, headers, body."""
+        status = int(self.file.readline().split()[1])
+        headers: dict[str, str] = {}
+        while line := self.file.readline().strip():
+            name, _, value = line.decode().partition(": ")
+            headers[name] = value
+        return status, headers, self.file.read(int(headers.get("content-length", 0)))
+
+    def first(self) -> float:
+        """Read one answer, which must be good: the first number of its output."""
+        status, _, body = self.answer()
+        assert status == 200, body
+        number: float = json.loads(body)["outputs"][0]["data"][0]
+        return number
+
+
+def test_a_plain_request_goes_past_asgi_and_is_answered_as_if_it_had_not(short: mock.Mock) -> None:
+    """The same status, headers and body, for good requests and for bad ones, each counted once."""
+    runtime = Runtime(loaded(Echo()))
+    app = create_app(runtime)
+    tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [0.5, 1, 2]}
+    bodies = [{"id": "a", "inputs": [tensor]}, {"inputs": []}, {"inputs": [tensor], "outputs": [{"name": "no"}]}]
+    with serve_in_background(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        wait_until(lambda: runtime.failure is None)
+        short_way = [client.post(INFER, json=body) for body in bodies]
+        assert short.call_count == len(bodies)
+        with mock.patch("guardserve.service.app.Service.shortcut", return_value=None):
+            long_way = [client.post(INFER, json=body) for body in bodies]
+        assert short.call_count == len(bodies)
+        assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == 2
+        assert metric(client, 'guardserve_requests_total{model="net",status="400"}') == 4
+        assert metric(client, 'guardserve_requests_in_flight{model="net"}') == 0
+    assert [a.status_code for a in short_way] == [200, 400, 400]
+    for a, b in zip(short_way, long_way, strict=True):
+        assert (a.status_code, a.content) == (b.status_code, b.content)
+        assert {**a.headers, "date": ""} == {**b.headers, "date": ""}
+
+
+def test_what_is_not_plain_takes_the_long_way(short: mock.Mock) -> None:
+    """A body that comes late, one that is compressed or large, one that waits for a word first, and other paths."""
+    with serving(Echo()) as client, connected(client) as connection:
+        whole = request(3)
+        connection.socket.sendall(whole[:-5])
+        time.sleep(20 * PATIENCE)
+        connection.socket.sendall(whole[-5:])
+        assert connection.first() == 3
+        head, _, content = request(4, "Expect: 100-continue").partition(b"\r\n\r\n")
+        connection.socket.sendall(head + b"\r\n\r\n")
+        assert connection.answer()[0] == 100
+        connection.socket.sendall(content)
+        assert connection.first() == 4
+        connection.socket.sendall(request(4, path="/v2/models/other/infer"))
+        assert connection.answer()[0] == 404
+        tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [5, 1, 2]}
+        assert client.post(INFER, json={"inputs": [tensor], "id": "x" * inference.SMALL}).status_code == 200
+        assert short.call_count == 0
+        connection.socket.sendall(request(6))
+        assert connection.first() == 6
+        assert short.call_count == 1
+
+
+def test_pipelined_requests_are_answered_in_their_order() -> None:
+    """The second while the first is worked on, and many at once."""
+    model = Echo()
+    with serving(model) as client, connected(client) as connection:
+        connection.socket.sendall(request(77) + request(1))
+        connection.socket.sendall(b"".join(request(n) for n in range(2, 60)))
+        assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == 0
+        model.open.set()
+        assert [connection.first() for _ in range(60)] == [77, *range(1, 60)]
+
+
+def test_a_client_that_goes_away_between_headers_and_body_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the body is waited for the short way."""
+    monkeypatch.setattr("guardserve.service.connection.PATIENCE", 20.0)
+    with serving(Echo()) as client:
+        with connected(client) as connection:
+            connection.socket.sendall(request(1).partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
+            time.sleep(0.1)
+            connection.file.close()
+        errors = 'guardserve_request_errors_total{model="net",reason="disconnected"}'
+        wait_until(lambda: metric(client, errors) == 1)
+        assert metric(client, 'guardserve_requests_in_flight{model="net"}') == 0
+
+
+@pytest.mark.parametrize(("version", "headers"), [("1.1", ("Connection: close",)), ("1.0", ())])
+def test_a_connection_ends_with_an_answer_where_the_client_says_so(version: str, headers: tuple[str, ...]) -> None:
+    """Asked for by a header, or by the protocol of old."""
+    with serving(Echo()) as client, connected(client) as connection:
+        connection.socket.sendall(request(1, *headers, version=version))
+        status, answered, _ = connection.answer()
+        assert (status, answered["connection"]) == (200, "close")
+        assert connection.socket.recv(1) == b""
+
+
+def test_a_large_answer_is_written_aside_and_sent_whole(short: mock.Mock) -> None:
+    """Larger than what is written on the event loop; the connection goes on."""
+    with serving(Echo(copies=50_000)) as client, connected(client) as connection:
+        for first in (1, 2):
+            connection.socket.sendall(request(first))
+            _, _, body = connection.answer()
+            output = json.loads(body)["outputs"][0]
+            assert output["shape"] == [1, 150_000]
+            assert output["data"] == [first, 1, 2] * 50_000
+        assert short.call_count == 2
+
+
+def test_a_client_that_does_not_read_is_not_written_to_without_end() -> None:
+    """What waits to be sent is bounded: its further requests wait, and others are served."""
+    with serving(Echo(copies=5_000)) as client, connected(client) as connection:
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        connection.socket.settimeout(2)
+        requests = 100_000
+        with pytest.raises(TimeoutError):
+            connection.socket.sendall(request(1) * requests)
+        answered = metric(client, 'guardserve_requests_total{model="net",status="200"}')
+        assert 0 < answered < requests / 10
+        assert client.get("/v2/health/ready").status_code == 200
+
+
+def test_middleware_around_the_application_sees_every_request(short: mock.Mock) -> None:
+    """With something between the server and the service, nothing goes past it."""
+    runtime = Runtime(loaded(Echo(), TensorSpec("x", torch.float32, (-1, 3))))
+    app = create_app(runtime, limits=Limits(max_batch_size=8))
+    seen = []
+
+    async def middleware(scope: dict[str, object], receive: object, send: object) -> None:
+        seen.append(scope.get("path"))
+        await app(scope, receive, send)  # type: ignore[arg-type]
+
+    middleware.life = app.life  # type: ignore[attr-defined]
+    with (
+        serve_in_background(middleware) as url,  # type: ignore[arg-type]
+        httpx.Client(base_url=url, trust_env=False) as client,
+    ):
+        wait_until(lambda: runtime.failure is None)
+        tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [5, 1, 2]}
+        assert client.post(INFER, json={"inputs": [tensor]}).status_code == 200
+    assert INFER in seen
+    assert short.call_count == 0
+
+
+def test_a_fault_in_the_short_way_is_500_and_counted(short: mock.Mock) -> None:
+    """Whether it happens before the forward or after, the client is answered and the connection goes on."""
+    with serving(Echo()) as client, connected(client) as connection:
+        for where in ("_read", "_write"):
+            with mock.patch.object(inference.Inference, where, side_effect=KeyError("a secret")):
+                connection.socket.sendall(request(1))
+                status, _, body = connection.answer()
+                assert status == 500
+                assert b"secret" not in body
+            connection.socket.sendall(request(2))
+            assert connection.first() == 2
+        assert metric(client, 'guardserve_request_errors_total{model="net",reason="internal"}') == 2
+        assert metric(client, 'guardserve_requests_in_flight{model="net"}') == 0
+    assert short.call_count == 4
