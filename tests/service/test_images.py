@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving import loaded, metric, wait_until
+from serving import command, loaded, metric, wait_until
 from torch import nn
 
 from guardserve.loading import ImagePreprocessing
@@ -126,3 +127,19 @@ def test_without_pillow_the_answer_names_the_extra(monkeypatch: pytest.MonkeyPat
         answer = client.post(INFER, content=data, headers=headers("png"))
         assert answer.status_code == 415
         assert "guardserve[images]" in answer.json()["error"]
+
+
+def test_the_command_takes_the_preprocessing_of_a_file_as_an_option(tmp_path: Path) -> None:
+    """An exported program declares none; the client gets what torch gives for the same pixels."""
+    rows = {0: torch.export.Dim("rows")}
+    program = torch.export.export(net(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=(rows,))
+    torch.export.save(program, tmp_path / "exported.pt2")
+    how = "resize=10 crop=8 mean=0.5,0.4,0.3 std=0.25,0.5,1"
+    options = ["--image-preprocessing", how, "--log-level", "error"]
+    data = picture("PNG")
+    with torch.no_grad():
+        want = net()(read_image(data, "PNG", HOW, SPEC)).numpy()
+    with command("serve", str(tmp_path / "exported.pt2"), *options, cwd=tmp_path) as url:
+        answer = httpx.post(f"{url}/v2/models/exported/infer", content=data, headers=headers("png"), trust_env=False)
+        (output,) = answer.json()["outputs"]
+        np.testing.assert_allclose(np.array(output["data"], np.float32), want[0], rtol=1e-4)
