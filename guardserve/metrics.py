@@ -5,7 +5,9 @@ Requests are counted as they end; everything else is read from the runtime and i
 
 from __future__ import annotations
 
+import math
 import platform
+import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +30,13 @@ WORST_CHANNELS = 5
 """Channels with a series of their own, over all layers."""
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+P_VALUE_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 REASONS = (
     "malformed",
     "invalid_input",
+    "unlike_reference",
     "unknown_output",
     "too_large",
     "unsupported_encoding",
@@ -129,6 +133,25 @@ METRICS: dict[str, Description] = {
         "one with the largest distance.",
         ("model", "layer"),
     ),
+    "guardserve_shift_p_value": Description(
+        "histogram",
+        "P-values of the samples judged by a reference profile: uniform on clean data, small for odd samples.",
+        ("model",),
+    ),
+    "guardserve_reference_info": Description(
+        "gauge",
+        "Always 1; the reference profile's samples, and the samples between false alarms that it is used for; only "
+        "with one.",
+        ("model", "samples", "target_arl"),
+    ),
+    "guardserve_state_save_failures_total": Description(
+        "counter", "Times that the detector's state could not be saved.", ("model",)
+    ),
+    "guardserve_monitor_share": Description(
+        "gauge",
+        "Share of the forwards' time that the monitor takes to read; absent before the first is timed.",
+        ("model",),
+    ),
     "guardserve_layer_mean_shift": Description(
         "gauge", "Mean shift of the layer's input in the recent window, RMS over channels.", ("model", "layer")
     ),
@@ -203,7 +226,10 @@ class Metrics:
         self.forward = Distribution(LATENCY_BUCKETS)
         self.batch = Distribution(BATCH_BUCKETS)
         self.queue = Distribution(LATENCY_BUCKETS)
+        self.p_values = Distribution(P_VALUE_BUCKETS)
         self.engine: Engine | None = None
+        self._monitor = runtime.monitor
+        self._taking = threading.Lock()
         self.registry.register(RequestCollector(runtime.name, self))
         self.registry.register(RuntimeCollector(runtime))
         ProcessCollector(registry=self.registry)
@@ -226,6 +252,15 @@ class Metrics:
         """Count a forward of ``rows`` samples."""
         self.forward.observe(seconds)
         self.batch.observe(rows)
+
+    def take_p_values(self) -> None:
+        """Count the samples that the monitor has judged since the last call, from any thread; nobody else may drain."""
+        with self._taking:
+            if self._monitor.reference is None:
+                return
+            for value in self._monitor.scores():
+                if not math.isnan(value):  # a sample that could not be judged
+                    self.p_values.observe(value)
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
@@ -258,6 +293,8 @@ class RequestCollector(Collector):
         yield _histogram("guardserve_batch_size", model, metrics.batch)
         yield _family("guardserve_queue_size", [((model,), counts.waiting)])
         yield _histogram("guardserve_queue_duration_seconds", model, metrics.queue)
+        metrics.take_p_values()
+        yield _histogram("guardserve_shift_p_value", model, metrics.p_values)
         yield _family("guardserve_faults_total", [((model, kind), counts.faults[kind]) for kind in FAULTS])
         yield _family("guardserve_recoveries_total", [((model,), counts.recoveries)])
 
@@ -299,6 +336,13 @@ class RuntimeCollector(Collector):
         if verdict.evidence is not None and verdict.evidence_threshold is not None:
             yield _family("guardserve_shift_evidence", [((model,), verdict.evidence)])
             yield _family("guardserve_shift_evidence_threshold", [((model,), verdict.evidence_threshold)])
+        if monitor.reference is not None:
+            labels = (model, str(monitor.reference.samples), f"{runtime.target_arl:g}")
+            yield _family("guardserve_reference_info", [(labels, 1)])
+        if monitor.share is not None:
+            yield _family("guardserve_monitor_share", [((model,), monitor.share)])
+        failures = 0 if runtime.keeper is None else runtime.keeper.failures
+        yield _family("guardserve_state_save_failures_total", [((model,), failures)])
         yield from _shift(model, verdict)
 
 

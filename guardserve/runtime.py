@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputEr
 from guardserve.fusion import check_fused, fuse, fusion_report
 from guardserve.guard import EvalGuard, HazardPolicy
 from guardserve.loading import LoadedModel
-from guardserve.monitor import Monitor, ReferenceProfile
+from guardserve.monitor import VALUES, Monitor, ReferenceProfile, StateKeeper
 from guardserve.nonfinite import NonFinite, find_nonfinite, is_finite
 from guardserve.outputs import named_outputs, output_specs
 from guardserve.signature import Signature, TensorSpec
@@ -66,10 +67,16 @@ class Runtime:
         shift_threshold: Score from which on the window counts as shifted.
         reference: Reference profile of the model, if samples are to be judged by one.
         target_arl: With it, samples between false alarms, on average.
+        learn: Without a reference, samples served first that one is made of; see :meth:`Monitor.learn`.
+        learned: File to save that to.
+        state: File that the detector's memory is loaded from, if it is there, and saved to every minute.
+        monitor_values: Values that the monitor reads of each sample at each layer, about; None is all.
+        monitor_budget: Share of a forward's time that the monitor may take.
 
     Raises:
         TrainingModeError: If eval mode cannot fix the model and ``on_hazard`` is ``"raise"``.
         ReferenceMismatchError: If the reference profile belongs to another model.
+        DetectorStateError: If the state is damaged, or of a detector with another profile.
 
     Attributes:
         failure: Why the model is not ready; None when it is.
@@ -79,7 +86,8 @@ class Runtime:
         static_batch: The only batch size that the model takes, None when it takes any.
         apart: Why samples of different requests must not share a forward; None when they may.
         monitor: The monitor on its BatchNorm layers.
-        scores: Whether that can say how odd a single sample is.
+        keeper: What saves its state; None without a file for it.
+        target_arl: Samples between false alarms, on average, with a reference.
         nonfinite: Samples with a non-finite value, by ``("input" | "output", name)``.
     """
 
@@ -93,6 +101,11 @@ class Runtime:
         shift_threshold: float = 0.5,
         reference: ReferenceProfile | None = None,
         target_arl: float = 10_000,
+        learn: int | None = None,
+        learned: Path | None = None,
+        state: Path | None = None,
+        monitor_values: int | None = VALUES,
+        monitor_budget: float | None = None,
     ) -> None:
         self.name = loaded.name
         self.platform = loaded.platform
@@ -111,8 +124,13 @@ class Runtime:
             worst_channels=WORST_CHANNELS,
             reference=reference,
             target_arl=target_arl,
+            values=monitor_values,
+            budget=monitor_budget,
         )
-        self.scores = reference is not None
+        self.target_arl = target_arl
+        self.keeper = None if state is None else StateKeeper(self.monitor, state)
+        self._state, self._learn, self._learned = state, learn if reference is None else None, learned
+        self._resume()
         self.nonfinite: Counter[tuple[str, str]] = Counter()
         self._counting = threading.Lock()
         self._held = False
@@ -122,6 +140,11 @@ class Runtime:
         """The only batch size that the model takes; None when it takes any."""
         batch = self.signature.inputs[0].shape[0]
         return None if batch == -1 else batch
+
+    @property
+    def scores(self) -> bool:
+        """Whether the monitor can say how odd a single sample is."""
+        return self.monitor.reference is not None
 
     def start(self) -> None:
         """Hold the model in eval mode and pass a forward at batch size 1 through it.
@@ -140,7 +163,7 @@ class Runtime:
         self.apart = self._dependence()
         if self.apart is not None:
             _log.warning("requests to %s are not batched: %s", self.name, self.apart)
-        self.monitor.reset()
+        self._begin_monitoring()
         self.failure = None
         if not self.monitor.layers and not self.monitor.unobserved:
             _log.warning("%s has no BatchNorm layer: there is nothing to monitor", self.name)
@@ -151,6 +174,8 @@ class Runtime:
         """Let go of the model: remove every hook and give every module its own flag back."""
         self.failure, self.failing = "the model has been closed", False
         self.monitor.close()
+        if self.keeper is not None:
+            self.keeper.close()
         try:
             if self._held:
                 self._held = False
@@ -253,6 +278,32 @@ class Runtime:
                 self._probe_forward(1, PROBE_SIZE)
         except Exception as error:
             raise ProbeError(f"the self-test failed: {error}") from error
+
+    def _begin_monitoring(self) -> None:
+        """Forget what the probe showed, and begin where the last detector ended, or to learn."""
+        self.monitor.reset()
+        self._resume()
+        if self._learn is not None:
+            self.monitor.learn(self._learn, self.target_arl, self._keep_reference)
+            self._learn = None
+        if self.keeper is not None:
+            self.keeper.start()
+
+    def _resume(self) -> None:
+        if self._state is not None and self.monitor.reference is not None:
+            self.monitor.load_state(self._state)
+
+    def _keep_reference(self, reference: ReferenceProfile) -> None:
+        """Save a profile that was made of what was served."""
+        arl = reference.measured_arl
+        _log.info("%s: a reference profile was made of the first %d samples", self.name, reference.samples)
+        _log.info("its measured run length is %.0f samples (%.0f to %.0f)", arl.mean, arl.low, arl.high)
+        if self._learned is None:
+            return
+        try:
+            reference.save(self._learned)
+        except OSError as error:
+            _log.error("the reference profile could not be saved to %s: %s", self._learned, error)
 
     def _placed(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [tensor.to(self.device) for tensor in tensors]

@@ -118,6 +118,41 @@ class ServeSettings(BaseSettings):
     target_arl: float = Field(
         10_000, ge=100, le=100_000, description="With --reference, samples between false alarms, on average."
     )
+    reference_from_traffic: int | None = Field(
+        None,
+        ge=100,
+        description="Make the reference profile of the first so many samples served, taken for clean, and save it to "
+        "--reference, or beside --state as FILE.profile. If that file is there already, it is used instead.",
+    )
+    state: Path | None = Field(
+        None,
+        description="With a reference profile, file that the detector's memory is loaded from at the start, if it is "
+        "there, and saved to every minute and at the end.",
+    )
+    shift_policy: Literal["observe", "flag", "reject"] = Field(
+        "observe",
+        description="With a reference profile, what to do about a request with a sample unlike it: nothing, say so in "
+        "the answer's parameters, or refuse it with 422.",
+    )
+    shift_p_threshold: float = Field(
+        0.001,
+        gt=0,
+        lt=1,
+        description="With --shift-policy, the p-value up to which a sample is unlike the reference: the share of clean "
+        "samples that this hits too.",
+    )
+    monitor_values: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        8192,
+        description="Values that the monitor reads of each sample at each layer, about: N or all. With --reference, as "
+        "many as that was made with.",
+    )
+    monitor_budget: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of a forward's time that the monitor may take, such as 0.02: it then reads as much as that "
+        "allows. With a reference profile the share is only measured.",
+    )
     drain_delay: float = Field(
         1.0,
         ge=0,
@@ -149,6 +184,17 @@ class ServeSettings(BaseSettings):
                 f"--shift-min-samples {self.shift_min_samples} is more than --shift-window {self.shift_window} can "
                 "hold: lower the one or raise the other"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_needs_a_reference_has_one(self) -> ServeSettings:
+        if self.reference is None and self.reference_from_traffic is None:
+            wanting = "--state" if self.state is not None else f"--shift-policy {self.shift_policy}"
+            if self.state is not None or self.shift_policy != "observe":
+                raise ValueError(
+                    f"{wanting} needs a reference profile: make one with guardserve reference and give --reference, or "
+                    "give --reference-from-traffic"
+                )
         return self
 
 

@@ -25,7 +25,7 @@ def metrics() -> Metrics:
     runtime = Runtime(loaded(model, TensorSpec("x", torch.float32, (-1, 3))), reference=profile, target_arl=1000)
     runtime.start()
     metrics = Metrics(runtime)
-    for _ in range(10):
+    for _ in range(20):  # one in 16 is timed
         runtime.infer({"x": torch.randn(8, 3)})
         metrics.forward_ended(8, 0.002)
         metrics.request_ended(200, 0.003)
@@ -49,6 +49,33 @@ def test_the_table_is_exactly_what_a_scrape_gives(metrics: Metrics) -> None:
         assert family.samples, name
         for sample in family.samples:
             assert set(sample.labels) - {"le"} == set(description.labels)
+
+
+def test_every_judged_sample_is_in_the_histogram_of_p_values_once(metrics: Metrics) -> None:
+    """Scrapes, and looks between them, share what is new; odd samples are in the first bucket."""
+    for _ in range(2):
+        metrics.take_p_values()
+        lines = dict(line.rsplit(" ", 1) for line in metrics.render().decode().splitlines() if "p_value" in line)
+        assert float(lines['guardserve_shift_p_value_count{model="net"}']) == 21 * 8
+        assert float(lines['guardserve_shift_p_value_bucket{le="0.01",model="net"}']) >= 8
+        assert float(lines['guardserve_shift_p_value_bucket{le="1.0",model="net"}']) == 21 * 8
+
+
+def test_samples_that_cannot_be_judged_have_no_p_value() -> None:
+    """NaN in a layer is counted elsewhere; without a reference profile there is nothing to count."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8))
+    profile = ReferenceProfile.fit(model, [torch.randn(200, 3)], target_arl=1000)
+    for reference in (profile, None):
+        runtime = Runtime(loaded(model), reference=reference, target_arl=1000)
+        runtime.start()
+        metrics = Metrics(runtime)
+        runtime.forward([torch.tensor([[0.0, 1.0, 2.0], [torch.nan, 0.0, 0.0]])])
+        text = metrics.render().decode()
+        assert f'guardserve_shift_p_value_count{{model="net"}} {float(reference is not None)}\n' in text
+        assert ('guardserve_reference_info{model="net",samples="200",target_arl="1000"} 1.0' in text) is (
+            reference is not None
+        )
+        runtime.close()
 
 
 def test_names_follow_the_conventions_as_promtool_knows_them(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 from contextlib import nullcontext
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -24,6 +26,7 @@ from guardserve.service.access import Access, is_loopback, read_keys
 from guardserve.service.app import Service, create_app
 from guardserve.service.limits import Limits
 from guardserve.service.server import Server
+from guardserve.service.shift import ShiftPolicy
 from guardserve.settings import ENV_PREFIX, ServeSettings, load_settings
 from guardserve.traces import traced
 
@@ -75,14 +78,20 @@ def serve(model: str, **options: Any) -> None:
     findings = audit(loaded.module, ignore=["BN001"]).findings  # the guard holds it in eval mode, whatever it says
     if settings.fuse:
         loaded = fuse_loaded(loaded)
+    reference, learned = _reference(settings)
     runtime = Runtime(
         loaded,
         on_hazard=settings.on_hazard,
         shift_window=settings.shift_window,
         shift_min_samples=settings.shift_min_samples,
         shift_threshold=settings.shift_threshold,
-        reference=None if settings.reference is None else ReferenceProfile.load(settings.reference),
+        reference=reference,
         target_arl=settings.target_arl,
+        learn=settings.reference_from_traffic,
+        learned=learned,
+        state=settings.state,
+        monitor_values=None if settings.monitor_values == "all" else settings.monitor_values,
+        monitor_budget=settings.monitor_budget,
     )
     app = create_app(
         runtime,
@@ -90,6 +99,7 @@ def serve(model: str, **options: Any) -> None:
         limits=Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)}),
         access=access,
         on_nonfinite=settings.on_nonfinite,
+        shift_policy=_shift_policy(settings, reference),
         shutdown_timeout=settings.shutdown_timeout,
         findings=findings,
     )
@@ -131,6 +141,29 @@ def _rpc(settings: ServeSettings, served: ASGIApp, app: Service) -> RpcServer | 
         grace=settings.shutdown_timeout,
         certificate=certificate,
     )
+
+
+def _reference(settings: ServeSettings) -> tuple[ReferenceProfile | None, Path | None]:
+    """Load the reference profile; if it is to be made of what is served, say where to save it."""
+    path = settings.reference
+    if settings.reference_from_traffic is not None:
+        if path is None and settings.state is not None:
+            path = settings.state.with_name(f"{settings.state.name}.profile")
+        if path is None or not path.exists():
+            return None, path
+    return None if path is None else ReferenceProfile.load(path), None
+
+
+def _shift_policy(settings: ServeSettings, reference: ReferenceProfile | None) -> ShiftPolicy:
+    """Refuse a threshold that the p-values of so few reference samples cannot reach."""
+    samples = (settings.reference_from_traffic or 0) if reference is None else len(reference.scores)
+    threshold = settings.shift_p_threshold
+    if settings.shift_policy != "observe" and 1 / (samples + 1) > threshold:
+        raise SettingsError(
+            f"--shift-p-threshold {threshold:g} cannot be reached: {samples} reference samples give p-values from "
+            f"{1 / (samples + 1):.2g} on; give {math.ceil(1 / threshold) - 1} samples or more, or a larger threshold"
+        )
+    return ShiftPolicy(settings.shift_policy, threshold)
 
 
 def _access(settings: ServeSettings) -> Access:

@@ -8,9 +8,11 @@ import os
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import islice
+from os import PathLike
 
 from torch import nn
 from typing_extensions import Self
@@ -21,9 +23,12 @@ from guardserve.monitor.budget import Budget
 from guardserve.monitor.detector import CHUNK, Detector, State
 from guardserve.monitor.effect_size import layer_shifts
 from guardserve.monitor.features import FeatureReader
+from guardserve.monitor.files import write_whole
 from guardserve.monitor.reading import VALUES
 from guardserve.monitor.reference import ReferenceProfile
+from guardserve.monitor.state_file import load_state, state_bytes
 from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.traffic import TrafficReference
 from guardserve.monitor.verdict import Snapshot, Verdict
 from guardserve.monitor.worker import Worker
 
@@ -106,6 +111,7 @@ class Monitor:
         self._pending: deque[Record] = deque()
         self._detector: Detector | None = None
         self._reader: FeatureReader | None = None
+        self._lesson: _Lesson | None = None
         self._waiting = _Waiting()
         self._unobservable: dict[str, tuple[Constants, int]] = {}
         take = weakref.WeakMethod(self._take)  # or the model's hooks would keep a forgotten monitor alive
@@ -153,6 +159,73 @@ class Monitor:
         """Values that are read of each sample at each layer now, about; None is all."""
         return self._taps.values
 
+    @property
+    def reference(self) -> ReferenceProfile | None:
+        """The profile that samples are judged by now; None without one, and while it is being made."""
+        return None if self._detector is None else self._detector.profile
+
+    def learn(
+        self,
+        samples: int,
+        target_arl: float = 10_000,
+        learned: Callable[[ReferenceProfile], object] = lambda _profile: None,
+    ) -> None:
+        """Make a reference profile of the next samples, and judge by it what comes once it is made.
+
+        It is made in the background, from seconds to a minute or two after the last of these samples; until then the
+        state is ``"warming"``. Nothing that was or is seen meanwhile is lost to the totals and the window. How much is
+        read of a sample stays as it is now, whatever the budget. :meth:`reset` begins with the next samples again,
+        unless the profile is being made already. If none can be made, that is logged, and the running statistics
+        alone go on to judge.
+
+        Args:
+            samples: Finite samples to take, taken for clean.
+            target_arl: Samples between false alarms, on average.
+            learned: Called with the profile in the thread that made it, once it is in use.
+
+        Raises:
+            ReferenceProfileError: If so few samples give no profile, or the monitor has one, or is making it.
+        """
+        lesson = _Lesson(samples, target_arl, learned)
+        with self._lock:
+            if self._detector is not None or self._lesson is not None:
+                raise ReferenceProfileError(
+                    "the monitor has a reference profile, or is making one: use another monitor"
+                )
+            self._accumulate()
+            self._budget = Budget(self._taps, None)
+            self._lesson = lesson
+
+    def save_state(self, path: str | PathLike[str]) -> None:
+        """Judge what is pending and write what the detector remembers, whole or not at all.
+
+        Raises:
+            ReferenceProfileError: If the monitor has no reference profile.
+            OSError: If it cannot be written.
+        """
+        with self._lock:
+            self._accumulate()
+            if self._detector is None:
+                raise ReferenceProfileError("only a detector has a state: use Monitor(model, reference=profile)")
+            data = state_bytes(self._detector)
+        write_whole(path, data)
+
+    def load_state(self, path: str | PathLike[str]) -> bool:
+        """Let the detector go on from where a file says that one was; the totals and the window begin anew.
+
+        Returns:
+            Whether there was a file; without one the detector stays as it is.
+
+        Raises:
+            ReferenceProfileError: If the monitor has no reference profile.
+            DetectorStateError: If the file is damaged, or of a detector with another profile.
+        """
+        with self._lock:
+            self._accumulate()
+            if self._detector is None:
+                raise ReferenceProfileError("only a detector has a state: use Monitor(model, reference=profile)")
+            return load_state(path, self._detector)
+
     def close(self) -> None:
         """Remove every hook from the model and end the thread; what was seen can still be read."""
         self._finalizer()
@@ -174,6 +247,8 @@ class Monitor:
         self._windows: deque[Seen] = deque([Seen()])
         if self._detector is not None:
             self._detector.reset()
+        if self._lesson is not None:
+            self._lesson.restart()
 
     def snapshot(self, *, recent: bool = False) -> Snapshot:
         """Summarise all that was seen since the start or the last reset, or the recent window."""
@@ -219,6 +294,7 @@ class Monitor:
             self._accumulate()
             seen, recent = self._total.samples, self._recent()
             detection = None if self._detector is None else self._detector.detection()
+            learning = self._lesson is not None
         window = self._summarise(recent)
         enough = window.samples >= self._min_samples
         worst = window.worst_layer if enough else None
@@ -238,8 +314,8 @@ class Monitor:
                 channels=detection.channels,
                 reading=detection.reading,
             )
-        if worst is None:
-            return Verdict("blind" if enough else "warming", seen, None, self.threshold, None, window)
+        if worst is None or learning:
+            return Verdict("blind" if enough and not learning else "warming", seen, score, self.threshold, None, window)
         state: State = "shifted" if worst.wasserstein2 >= self.threshold else "ok"
         return Verdict(state, seen, score, self.threshold, worst.name, window)
 
@@ -292,7 +368,23 @@ class Monitor:
         reader = FeatureReader([self._taps.points[i] for i in order], order)
         detector = Detector(reference, target_arl)
         reference.warn_if_too_small(target_arl)
-        self._reader, self._detector = reader, detector
+        with self._lock:
+            self._reader, self._detector, self._lesson = reader, detector, None
+
+    def _learned(self, future: Future[ReferenceProfile]) -> None:
+        """Judge by the profile that was made, in the thread that made it."""
+        lesson = self._lesson
+        if lesson is None:
+            return
+        try:
+            reference = future.result()
+            self._refer_to(reference, lesson.target_arl)
+        except Exception:  # noqa: BLE001 - whatever it is, the model is served on
+            _log.exception("no reference profile could be made of the first samples: it goes on without")
+            with self._lock:
+                self._lesson = None
+        else:
+            lesson.learned(reference)
 
     def _take(self, record: Record) -> None:
         """Receive a record from the taps, in any thread."""
@@ -334,6 +426,8 @@ class Monitor:
             self._budget.see(record)
         new = Seen.of(batch, self._scales)
         self._judge(batch)
+        if self._lesson is not None:
+            self._lesson.take(self._taps, batch, self._learned)
         self._total.merge(new)
         if self._windows[-1].samples >= self._window // SUBWINDOWS:
             self._windows.append(Seen())
@@ -365,6 +459,33 @@ class Monitor:
         for record in batch:
             if record.sink is not None and record not in complete:
                 record.sink += [math.nan] * record.count
+
+
+class _Lesson:
+    """The reference profile that is being made of what a monitor sees.
+
+    Args:
+        samples: See :meth:`Monitor.learn`, as for the others.
+        target_arl: See there.
+        learned: See there.
+    """
+
+    def __init__(self, samples: int, target_arl: float, learned: Callable[[ReferenceProfile], object]) -> None:
+        self.target_arl = target_arl
+        self.learned = learned
+        self._samples = samples
+        self._traffic: TrafficReference | None = TrafficReference(samples, target_arl=target_arl)
+
+    def restart(self) -> None:
+        """Forget the samples, unless there were enough."""
+        if self._traffic is not None:
+            self._traffic = TrafficReference(self._samples, target_arl=self.target_arl)
+
+    def take(self, taps: Taps, batch: list[Record], done: Callable[[Future[ReferenceProfile]], object]) -> None:
+        """Take what forwards showed, and make the profile once that is enough."""
+        if self._traffic is not None and self._traffic.take(taps.points, batch):
+            self._traffic.fit_in_background(done)
+            self._traffic = None
 
 
 class _Waiting(threading.local):

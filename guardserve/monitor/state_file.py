@@ -22,8 +22,13 @@ VERSION = 1
 
 def save_state(path: str | PathLike[str], detector: Detector) -> None:
     """Write what a detector remembers, whole or not at all, and on the disk before it returns."""
+    write_whole(path, state_bytes(detector))
+
+
+def state_bytes(detector: Detector) -> bytes:
+    """Return the contents of the file for what a detector remembers now."""
     metadata = {KEY: json.dumps({"version": VERSION, "profile": detector.profile.digest})}
-    write_whole(path, save({name: np.ascontiguousarray(a) for name, a in detector.state_dict().items()}, metadata))
+    return save({name: np.ascontiguousarray(a) for name, a in detector.state_dict().items()}, metadata)
 
 
 def load_state(path: str | PathLike[str], detector: Detector) -> bool:

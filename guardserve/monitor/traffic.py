@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from threading import Thread
 
@@ -73,9 +73,16 @@ class TrafficReference:
         """
         return ReferenceProfile.of_data(self._collector.finish(), target_arl=self._target_arl, rng=self._rng)
 
-    def fit_in_background(self) -> Future[ReferenceProfile]:
-        """Make the profile in a thread of its own, which does not keep the process from ending."""
+    def fit_in_background(
+        self, done: Callable[[Future[ReferenceProfile]], object] = lambda _: None
+    ) -> Future[ReferenceProfile]:
+        """Make the profile in a thread of its own, which does not keep the process from ending.
+
+        Args:
+            done: Called with the result in that thread, never in the caller's.
+        """
         future: Future[ReferenceProfile] = Future()
+        future.add_done_callback(done)
 
         def fit() -> None:
             try:

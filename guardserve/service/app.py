@@ -23,6 +23,7 @@ from guardserve.service.gateway import Gateway
 from guardserve.service.inference import Inference, OnNonFinite
 from guardserve.service.life import Life, closing
 from guardserve.service.limits import Limits
+from guardserve.service.shift import ShiftPolicy
 from guardserve.traffic import Traffic
 from guardserve.watch import Watch
 
@@ -79,6 +80,7 @@ def create_app(
     limits: Limits | None = None,
     access: Access | None = None,
     on_nonfinite: OnNonFinite = "error",
+    shift_policy: ShiftPolicy | None = None,
     shutdown_timeout: float = 30.0,
     findings: Sequence[Finding] = (),
 ) -> Service:
@@ -93,15 +95,23 @@ def create_app(
         access: Who may ask; by default everybody.
         on_nonfinite: Whether NaN or infinity in an output is an ``"error"`` or is sent and told (``"flag"``), where the
             request does not say.
+        shift_policy: What is done about samples unlike the reference profile; by default nothing.
         shutdown_timeout: Seconds to finish accepted requests in when it stops.
         findings: What the audit found in the model, for the page to show.
     """
     metrics = Metrics(runtime)
     limits = limits or Limits()
     life = Life(limits.max_connections)
-    inference = Inference(runtime, metrics, limits, model_version, on_nonfinite)
+    inference = Inference(
+        runtime, metrics, limits, model_version, on_nonfinite, shift_policy=shift_policy or ShiftPolicy()
+    )
     gateway = Gateway(inference, metrics, limits)
-    watch = Watch(runtime, lambda: Traffic.of(metrics))
+
+    def look() -> Traffic:
+        metrics.take_p_values()  # before so many have come that some are forgotten, scraped or not
+        return Traffic.of(metrics)
+
+    watch = Watch(runtime, look)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -66,7 +66,7 @@ class ProtocolEndpoints:
         """Build the router."""
         router = APIRouter(tags=["Open Inference Protocol V2"])
         answers: dict[int | str, dict[str, Any]] = {200: {"model": InferenceResponse}}
-        answers |= {code: {"model": ErrorBody} for code in (400, 401, 404, 408, 413, 415, 500, 503, 504)}
+        answers |= {code: {"model": ErrorBody} for code in (400, 401, 404, 408, 413, 415, 422, 500, 503, 504)}
         unready: dict[int | str, dict[str, Any]] = {503: {"model": ErrorBody}}
         router.get("/v2")(self.server)
         # some load balancers ask for health by HEAD

@@ -25,6 +25,7 @@ from guardserve.service.images import is_image, read_image_request
 from guardserve.service.limits import Limits
 from guardserve.service.protocol import InferRequest, ProtocolError, decompress, render_response
 from guardserve.service.request import RequestReader
+from guardserve.service.shift import P_VALUES, ShiftPolicy
 
 Receive: TypeAlias = Callable[[], Awaitable[Any]]
 Outcome: TypeAlias = Literal["done", "expired", "gone"]
@@ -45,7 +46,6 @@ POLICIES = ("error", "flag")
 ON_NONFINITE = "guardserve_on_nonfinite"
 NONFINITE_STRINGS = "guardserve_nonfinite_strings"
 NONFINITE = "guardserve_nonfinite"
-P_VALUES = "guardserve_p_values"
 
 NOTHING: Mapping[str, object] = MappingProxyType({})
 
@@ -108,12 +108,21 @@ class Inference:
         limits: What is accepted.
         model_version: What answers call the model's version.
         on_nonfinite: What to do about non-finite outputs where a request does not say.
+        shift_policy: What to do about samples unlike the reference.
     """
 
     def __init__(
-        self, runtime: Runtime, metrics: Metrics, limits: Limits, model_version: str, on_nonfinite: OnNonFinite
+        self,
+        runtime: Runtime,
+        metrics: Metrics,
+        limits: Limits,
+        model_version: str,
+        on_nonfinite: OnNonFinite,
+        *,
+        shift_policy: ShiftPolicy,
     ) -> None:
         self._runtime = runtime
+        self._shift = shift_policy
         self._on_nonfinite = on_nonfinite
         self._metrics = metrics
         self._limits = limits
@@ -225,7 +234,9 @@ class Inference:
         """Return the answer to a request that failed; None if it has not."""
         if outcome != "done" or job.result is None:
             return OUTCOMES[outcome]
-        return None if job.result.error is None else failure(job.result.error, self._runtime.name)
+        if job.result.error is not None:
+            return failure(job.result.error, self._runtime.name)
+        return self._shift.refusal(job.result.p_values)
 
     async def _aside(self, function: Callable[[], T]) -> T:
         """Call a function that takes long where it keeps nobody waiting."""
@@ -250,9 +261,8 @@ class Inference:
         parameters = NOTHING
         if found:
             parameters = {NONFINITE: found}
-        if request.parameters.get(P_VALUES) and result.p_values is not None:
-            # the protocol's parameters are scalars
-            parameters = {**parameters, P_VALUES: " ".join(f"{value:.6g}" for value in result.p_values)}
+        asked = bool(request.parameters.get(P_VALUES))
+        parameters = {**parameters, **self._shift.parameters(result.p_values, asked=asked)}
         strings = json_member(request.parameters, NONFINITE_STRINGS, bool, "the request's parameters") or False
         try:
             body, headers = render_response(
@@ -319,7 +329,7 @@ class Inference:
         asked = json_member(request.parameters, P_VALUES, bool, "the request's parameters") or False
         if asked and not self._runtime.scores:
             raise ProtocolError(f"{P_VALUES} of the request's parameters needs a server with a reference profile")
-        return asked
+        return asked or (self._shift.action != "observe" and self._runtime.scores)
 
     def _hand_over(self) -> None:
         """Wake the engine once a round of the loop has brought nothing new."""
