@@ -39,6 +39,9 @@ CODES = {
 }
 """gRPC's status for each of HTTP's that the service answers with; INTERNAL for the others."""
 
+PASSED = {"authorization", "traceparent", "tracestate"}
+"""Metadata of a call that the request has as headers."""
+
 LINGER = 0.5
 """Seconds in which calls are refused before the connections end."""
 
@@ -235,10 +238,10 @@ class RpcServer:
         self, context: Any, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
     ) -> Reply:
         """Send one request to the application; it notices when the call is cancelled, as if a client had gone."""
-        keys = [
-            (b"authorization", value.encode() if isinstance(value, str) else value)
+        passed = [
+            (name.encode(), value.encode())
             for name, value in context.invocation_metadata() or ()
-            if name == "authorization"
+            if name in PASSED and isinstance(value, str)
         ]
         scope: Scope = {
             "type": "http",
@@ -250,7 +253,7 @@ class RpcServer:
             "raw_path": quote(path).encode(),
             "root_path": "",
             "query_string": b"",
-            "headers": [*headers, *keys],
+            "headers": [*headers, *passed],
             "client": None,
             "server": (self._host, self.port),
         }

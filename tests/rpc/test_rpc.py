@@ -501,6 +501,27 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
         RpcServer(create_app, create_app, "127.0.0.1", 0, max_message_size=1)  # type: ignore[arg-type]
 
 
+def test_a_call_is_a_span_of_its_callers_trace() -> None:
+    """As a request over HTTP is, with the path that it stands for."""
+    exporting = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    exporter = exporting.InMemorySpanExporter()
+    provider = pytest.importorskip("opentelemetry.sdk.trace").TracerProvider()
+    provider.add_span_processor(pytest.importorskip("opentelemetry.sdk.trace.export").SimpleSpanProcessor(exporter))
+    instrumentation = pytest.importorskip("opentelemetry.instrumentation.asgi")
+    runtime = Runtime(loaded(Two()))
+    app = create_app(runtime)
+    traced = instrumentation.OpenTelemetryMiddleware(app, tracer_provider=provider, exclude_spans=["receive", "send"])
+    rpc = RpcServer(traced, app.inference[1], "127.0.0.1", 0, max_message_size=2**20)
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with serve_in_background(app, companion=rpc) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        wait_until(lambda: runtime.failure is None)
+        served = Faces(client, f"127.0.0.1:{rpc.port}")
+        assert served.call("ModelInfer", metadata={"traceparent": f"00-{trace}-b7ad6b7169203331-01"}, **raw()).outputs
+    (span,) = exporter.get_finished_spans()
+    assert f"{span.context.trace_id:032x}" == trace
+    assert "/v2/models/net/infer" in span.attributes.values()
+
+
 def test_tls_is_served_with_the_certificate_of_https(tmp_path: Path, require_program: Callable[[str], str]) -> None:
     """A client that does not trust it, or speaks without it, gets nothing."""
     certificate, key = tmp_path / "server.pem", tmp_path / "key.pem"
