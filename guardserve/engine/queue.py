@@ -8,12 +8,19 @@ from collections import OrderedDict
 
 from guardserve.engine.job import Job, QueueFullError
 
+GATHER = 0.001
+"""Seconds after a batch in which fewer requests than it had wait for more: those that it answered are often followed
+by others at once, and go with the ones that came meanwhile rather than in turn with them."""
+
 
 class JobQueue:
     """A bounded queue that any thread fills and one thread empties, a batch at a time.
 
     The oldest request is always in the next batch. Others join it in their order if their shape is the same and all
     of their rows fit; one that does not fit waits for the next batch, where it comes first.
+
+    What comes to an idle taker goes at once. Only right after a batch it waits for :data:`GATHER` at most, until as
+    many requests are there as that batch had.
 
     Args:
         max_jobs: Most requests that may wait.
@@ -28,6 +35,8 @@ class JobQueue:
         self._jobs: OrderedDict[Job, None] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
+        self._taken = 0
+        self._gathered_at = 0.0
         # a lock that is taken while there is nothing to do: the cheapest way to sleep until another thread says so
         self._bell = threading.Lock()
         self._bell.acquire()
@@ -85,7 +94,9 @@ class JobQueue:
         Returns:
             The requests, now running; none when the time is over; None when the queue is closed and empty.
         """
-        end = None if timeout < 0 else time.monotonic() + timeout
+        began = time.monotonic()
+        end = None if timeout < 0 else began + timeout
+        self._gathered_at = began + GATHER
         while True:
             with self._lock:
                 until = self._ready_at(join=join)
@@ -106,8 +117,10 @@ class JobQueue:
         oldest = next(iter(self._jobs), None)
         if oldest is None:
             return None
-        if not join or self._closed or not self._max_delay:
+        if not join or self._closed:
             return oldest.queued_at
+        if not self._max_delay:
+            return oldest.queued_at if len(self._jobs) >= self._taken else self._gathered_at
         rows = sum(job.rows for job in self._jobs if job.shape == oldest.shape)
         return oldest.queued_at + (0.0 if rows >= self.max_rows else self._max_delay)
 
@@ -122,6 +135,7 @@ class JobQueue:
                 if job is not oldest and job.shape == oldest.shape and rows + job.rows <= self.max_rows:
                     batch.append(job)
                     rows += job.rows
+        self._taken = len(batch)
         now = time.monotonic()
         for job in batch:
             del self._jobs[job]

@@ -113,6 +113,53 @@ def test_a_taker_that_sleeps_wakes_for_work_for_its_timeout_and_for_the_end() ->
     assert taken == [[one], None]
 
 
+def test_fewer_than_the_last_batch_had_wait_a_moment_for_those_who_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So clients in turn do not stay apart: they go once there are as many, or the moment is over."""
+    monkeypatch.setattr("guardserve.engine.queue.GATHER", 0.5)
+    queue = queue_of(*[job() for _ in range(3)])
+    assert len(queue.take() or ()) == 3
+    queue.put(job())
+
+    def come_back() -> None:
+        queue.put(job())
+        queue.put(job())
+        queue.wake()
+
+    back = threading.Timer(0.1, come_back)
+    back.start()
+    started = time.monotonic()
+    assert len(queue.take() or ()) == 3
+    assert 0.1 <= time.monotonic() - started < 0.4
+    back.join()
+    queue.put(job())
+    started = time.monotonic()
+    assert len(queue.take() or ()) == 1
+    assert time.monotonic() - started >= 0.45
+    queue.put(job())
+    started = time.monotonic()
+    assert len(queue.take() or ()) == 1
+    assert time.monotonic() - started < 0.2
+
+
+def test_an_idle_taker_takes_what_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many the last batch had, once the moment after it is over."""
+    monkeypatch.setattr("guardserve.engine.queue.GATHER", 0.3)
+    queue = queue_of(*[job() for _ in range(3)])
+    assert len(queue.take() or ()) == 3
+    came: list[float] = []
+
+    def come() -> None:
+        came.append(time.monotonic())
+        queue.put(job())
+        queue.wake()
+
+    comes = threading.Timer(0.5, come)
+    comes.start()
+    assert len(queue.take() or ()) == 1
+    assert time.monotonic() - came[0] < 0.2
+    comes.join()
+
+
 def test_with_a_delay_the_oldest_waits_for_a_full_batch_but_no_longer() -> None:
     """Three rows of four wait for the delay; the fourth ends it at once."""
     queue = JobQueue(10, 4, max_delay=0.2)
