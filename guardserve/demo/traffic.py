@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 
-import httpx
 import torch
 from rich.console import Console
 from rich.live import Live
@@ -24,6 +24,9 @@ from guardserve.loading import load_model
 from guardserve.runtime import Runtime
 from guardserve.service.app import create_app
 from guardserve.service.background import serve_in_background
+
+if TYPE_CHECKING:
+    import httpx
 
 CLEAN, SHIFT = "clean", "brighter"
 BATCH = 8
@@ -78,6 +81,8 @@ def run_demo(host: str, port: int, *, once: bool, console: Console) -> bool:
     Raises:
         MissingExtraError: If scikit-learn, which brings the digits, is not installed.
     """
+    import httpx  # noqa: PLC0415 - with all that it brings it takes memory, which servers do without
+
     live = load_digits().live
     runtime = Runtime(load_model("demo"), shift_window=WINDOW, shift_min_samples=WINDOW, shift_threshold=THRESHOLD)
     app = create_app(runtime)
