@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputError
+from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputError, SettingsError
 from guardserve.fusion import check_fused, fuse, fusion_report
 from guardserve.guard import EvalGuard, HazardPolicy
 from guardserve.loading import LoadedModel
@@ -72,11 +76,13 @@ class Runtime:
         state: File that the detector's memory is loaded from, if it is there, and saved to every minute.
         monitor_values: Values that the monitor reads of each sample at each layer, about; None is all.
         monitor_budget: Share of a forward's time that the monitor may take.
+        compile_for: Compile the model, for batches of up to so many rows; None to run it as it is.
 
     Raises:
         TrainingModeError: If eval mode cannot fix the model and ``on_hazard`` is ``"raise"``.
         ReferenceMismatchError: If the reference profile belongs to another model.
         DetectorStateError: If the state is damaged, or of a detector with another profile.
+        SettingsError: If the model cannot be compiled here.
 
     Attributes:
         failure: Why the model is not ready; None when it is.
@@ -106,6 +112,7 @@ class Runtime:
         state: Path | None = None,
         monitor_values: int | None = VALUES,
         monitor_budget: float | None = None,
+        compile_for: int | None = None,
     ) -> None:
         self.name = loaded.name
         self.platform = loaded.platform
@@ -115,7 +122,9 @@ class Runtime:
         self.failure: str | None = "the model has not been probed yet"
         self.failing = False
         self.apart: str | None = None
-        self.guard = EvalGuard(loaded.module, on_hazard=on_hazard, inference_mode=True, trace_interval=TRACE_INTERVAL)
+        module = loaded.module if compile_for is None else _compiled(loaded)
+        self._compile_for = compile_for
+        self.guard = EvalGuard(module, on_hazard=on_hazard, inference_mode=True, trace_interval=TRACE_INTERVAL)
         self.monitor = Monitor(
             loaded.module,
             window=shift_window,
@@ -157,6 +166,7 @@ class Runtime:
                 self.guard.acquire()
                 self._held = True
             self.signature = Signature(self.signature.inputs, self._probe())
+            self._warm_up()
         except Exception as error:
             self.failure = f"the start-up probe failed: {error}"
             raise ProbeError(self.failure) from error
@@ -279,6 +289,12 @@ class Runtime:
         except Exception as error:
             raise ProbeError(f"the self-test failed: {error}") from error
 
+    def _warm_up(self) -> None:
+        """Show the compiler the batch sizes that it makes code of its own for: one, and more, up to the most."""
+        if self._compile_for is not None and self.static_batch is None:
+            for batch in dict.fromkeys((1, 2, max(2, self._compile_for))):
+                self._probe_forward(batch, PROBE_SIZE)
+
     def _begin_monitoring(self) -> None:
         """Forget what the probe showed, and begin where the last detector ended, or to learn."""
         self.monitor.reset()
@@ -339,6 +355,24 @@ class Runtime:
             if not all(_close(alone[row][name], tensor[row : row + 1]) for row in range(2)):
                 return f"a sample's {name} depends on its batch mates: see guardserve audit, rule BN102"
         return None
+
+
+def _compiled(loaded: LoadedModel) -> nn.Module:
+    """Return a model to be compiled in its first forwards, as one graph.
+
+    Raises:
+        SettingsError: If it cannot be, or there is no C++ compiler.
+    """
+    if isinstance(loaded.module, torch.jit.ScriptModule):
+        raise SettingsError(f"--compile: {loaded.name} is a TorchScript archive, which torch.compile does not take")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise SettingsError(
+            f"--compile needs a C++ compiler, and there is no {compiler}: install it, or set CXX to one"
+        )
+    compiled: Any = torch.compile(loaded.module, fullgraph=True)
+    module: nn.Module = compiled
+    return module
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

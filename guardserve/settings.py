@@ -55,6 +55,11 @@ class ServeSettings(BaseSettings):
         default=False,
         description="Fuse BatchNorm layers into the layers that they follow; the monitor still sees them.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the model at the start, for any batch size up to --max-batch-size; the monitor still sees "
+        "its layers. Needs a C++ compiler.",
+    )
     on_hazard: Literal["raise", "warn"] = Field(
         "raise", description="Refuse a model that eval mode cannot fix, or warn, count it and go on."
     )

@@ -92,6 +92,7 @@ def serve(model: str, **options: Any) -> None:
         state=settings.state,
         monitor_values=None if settings.monitor_values == "all" else settings.monitor_values,
         monitor_budget=settings.monitor_budget,
+        compile_for=settings.max_batch_size if settings.compile else None,
     )
     app = create_app(
         runtime,
