@@ -78,7 +78,9 @@ METRICS: dict[str, Description] = {
     ),
     "guardserve_requests_in_flight": Description("gauge", "Inference requests being worked on.", ("model",)),
     "guardserve_request_duration_seconds": Description(
-        "histogram", "Time from the request's headers until its answer is ready to be sent.", ("model",)
+        "histogram",
+        "Time from the request's headers, or from its body if that follows at once, until its answer is ready to be sent.",
+        ("model",),
     ),
     "guardserve_forward_duration_seconds": Description(
         "histogram", "Time of one forward with its safeguards.", ("model",)
