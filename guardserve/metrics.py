@@ -79,7 +79,7 @@ METRICS: dict[str, Description] = {
     "guardserve_requests_in_flight": Description("gauge", "Inference requests being worked on.", ("model",)),
     "guardserve_request_duration_seconds": Description(
         "histogram",
-        "Time from the request's headers, or from its body if that follows at once, until its answer is ready to be sent.",
+        "Time from a request's headers, or its body if that follows at once, until its answer is ready.",
         ("model",),
     ),
     "guardserve_forward_duration_seconds": Description(
