@@ -217,8 +217,8 @@ class Watch:
             yield Event(now, "alarm", "bad", f"shift at {verdict.layer}: {explain(verdict)}")
         if verdict.state != last.state and {verdict.state, last.state} != {"ok", "suspect"}:
             self.since = now
-            level = "watch" if verdict.state == "blind" else "good"
             if verdict.state != "shifted":
+                level = "watch" if verdict.state == "blind" else "good"
                 yield Event(now, "state", level, f"the monitor's state went from {last.state} to {verdict.state}")
 
     def _nonfinite_outputs(self, now: float) -> Iterator[Event]:

@@ -10,7 +10,8 @@ import click
 from pydantic.fields import FieldInfo
 
 from guardserve.exceptions import GuardserveError
-from guardserve.settings import ENV_PREFIX, ServeSettings
+from guardserve.loading import LoadedModel, load_model
+from guardserve.settings import ENV_PREFIX, ServeSettings, load_settings
 
 LOADING = ("weights", "device", "allow_pickle", "input_shape", "input_dtype")
 """Settings that say how to load a model."""
@@ -39,6 +40,32 @@ def loading_options(command: Callable[..., None]) -> Callable[..., None]:
     for name in reversed(LOADING):
         command = _option(name, ServeSettings.model_fields[name])(command)
     return command
+
+
+def given(options: dict[str, Any]) -> ServeSettings:
+    """Combine the options that were given with the environment.
+
+    Raises:
+        SettingsError: If a value cannot be used.
+    """
+    return load_settings(**{name: value for name, value in options.items() if value not in (None, ())})
+
+
+def load(model: str, settings: ServeSettings, **more: Any) -> LoadedModel:
+    """Load a model as the settings that are :data:`LOADING` say, and further arguments of :func:`load_model`.
+
+    Raises:
+        ModelLoadError: If it cannot be loaded.
+    """
+    return load_model(
+        model,
+        weights=settings.weights,
+        device=settings.device,
+        allow_pickle=settings.allow_pickle,
+        input_shapes=settings.input_shape,
+        input_dtypes=settings.input_dtype,
+        **more,
+    )
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -11,14 +11,13 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from guardserve.cli.options import Command, loading_options
+from guardserve.cli.options import Command, given, load, loading_options
 from guardserve.exceptions import ReferenceProfileError
-from guardserve.loading import LoadedModel, load_model
+from guardserve.loading import LoadedModel
 from guardserve.loading.arrays import ArrayBatches, load_batches
 from guardserve.loading.images import ImageBatches, load_images
 from guardserve.monitor import ReferenceProfile, ReferenceWarning
 from guardserve.monitor.reference import CARRIED
-from guardserve.settings import load_settings
 
 
 @click.command(cls=Command)
@@ -61,15 +60,7 @@ def reference(
     The report tells how often the detector was wrong on samples that took no part in making the profile.
     """  # noqa: D301 - click reads the escape, it is not a literal backslash
     images = {name: options.pop(name) for name in ("image_size", "image_mean", "image_std")}
-    settings = load_settings(**{name: value for name, value in options.items() if value not in (None, ())})
-    loaded = load_model(
-        model,
-        weights=settings.weights,
-        device=settings.device,
-        allow_pickle=settings.allow_pickle,
-        input_shapes=settings.input_shape,
-        input_dtypes=settings.input_dtype,
-    )
+    loaded = load(model, given(options))
     if len(loaded.inputs) != 1:
         raise ReferenceProfileError(
             f"{model} has {len(loaded.inputs)} inputs: use ReferenceProfile.fit, whose loader may give mappings"

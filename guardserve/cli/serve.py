@@ -15,9 +15,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from guardserve.audit import audit
-from guardserve.cli.options import Command, settings_options
+from guardserve.cli.options import Command, given, load, settings_options
 from guardserve.exceptions import GuardserveError, SettingsError
-from guardserve.loading import load_model
+from guardserve.loading import LoadedModel
 from guardserve.logs import configure_logs
 from guardserve.monitor import ReferenceProfile
 from guardserve.rpc import RpcServer
@@ -27,7 +27,7 @@ from guardserve.service.app import Service, create_app
 from guardserve.service.limits import Limits
 from guardserve.service.server import Server
 from guardserve.service.shift import ShiftPolicy
-from guardserve.settings import ENV_PREFIX, ServeSettings, load_settings
+from guardserve.settings import ENV_PREFIX, ServeSettings
 from guardserve.traces import traced
 
 
@@ -60,27 +60,36 @@ def serve(model: str, **options: Any) -> None:
 
     Every option may also be set in the environment; an option beats its variable.
     """  # noqa: D301 - click reads the escape, it is not a literal backslash
-    settings = load_settings(**{name: value for name, value in options.items() if value not in (None, ())})
+    settings = given(options)
     configure_logs(settings.log_level, settings.log_format)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     access = _access(settings)
-    loaded = load_model(
-        model,
-        weights=settings.weights,
-        device=settings.device,
-        allow_pickle=settings.allow_pickle,
-        input_shapes=settings.input_shape,
-        input_dtypes=settings.input_dtype,
-        name=settings.name,
-        image_preprocessing=settings.image_preprocessing,
-    )
+    loaded = load(model, settings, name=settings.name, image_preprocessing=settings.image_preprocessing)
     findings = audit(loaded.module, ignore=["BN001"]).findings  # the guard holds it in eval mode, whatever it says
-    if settings.fuse:
-        loaded = fuse_loaded(loaded)
     reference, learned = _reference(settings)
-    runtime = Runtime(
-        loaded,
+    app = create_app(
+        _runtime(settings, loaded, reference, learned),
+        model_version=settings.model_version,
+        limits=Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)}),
+        access=access,
+        on_nonfinite=settings.on_nonfinite,
+        shift_policy=_shift_policy(settings, reference),
+        shutdown_timeout=settings.shutdown_timeout,
+        findings=findings,
+    )
+    # what is there now stays: looking through all of torch for garbage again and again would hold requests up
+    gc.collect()
+    gc.freeze()
+    _run(settings, app)
+
+
+def _runtime(
+    settings: ServeSettings, loaded: LoadedModel, reference: ReferenceProfile | None, learned: Path | None
+) -> Runtime:
+    """Put the model behind its safeguards."""
+    return Runtime(
+        fuse_loaded(loaded) if settings.fuse else loaded,
         on_hazard=settings.on_hazard,
         shift_window=settings.shift_window,
         shift_min_samples=settings.shift_min_samples,
@@ -94,19 +103,14 @@ def serve(model: str, **options: Any) -> None:
         monitor_budget=settings.monitor_budget,
         compile_for=settings.max_batch_size if settings.compile else None,
     )
-    app = create_app(
-        runtime,
-        model_version=settings.model_version,
-        limits=Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)}),
-        access=access,
-        on_nonfinite=settings.on_nonfinite,
-        shift_policy=_shift_policy(settings, reference),
-        shutdown_timeout=settings.shutdown_timeout,
-        findings=findings,
-    )
-    # what is there now stays: looking through all of torch for garbage again and again would hold requests up
-    gc.collect()
-    gc.freeze()
+
+
+def _run(settings: ServeSettings, app: Service) -> None:
+    """Serve until a signal.
+
+    Raises:
+        GuardserveError: If the server does not start.
+    """
     with traced(app) if settings.traces else nullcontext(app) as served:
         config = uvicorn.Config(
             served,

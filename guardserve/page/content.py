@@ -13,9 +13,6 @@ from guardserve.monitor import Verdict
 from guardserve.page.headline import headline
 from guardserve.watch import LOOK_INTERVAL, Memory, Point, Watch
 
-CHANNELS = 24
-"""Channels of a layer that are shown, the furthest from their running statistics first."""
-
 RULE_OF_THUMB = (
     "No reference profile: shifts are judged by a rule of thumb. Make one with guardserve reference, and serve with "
     "--reference, for alarms with a known rate of false ones."
@@ -68,7 +65,7 @@ def channels(verdict: Verdict, name: str) -> list[dict[str, float]] | None:
             "spread": math.exp(channel.log_std_ratio),
             "distance": channel.wasserstein2,
         }
-        for channel in layer.worst_channels[:CHANNELS]
+        for channel in layer.worst_channels
     ]
 
 

@@ -100,15 +100,11 @@ class Page:
             while not self._stopping():
                 if self._watch.looked_at != sent:
                     sent = self._watch.looked_at
-                    yield b"data: " + _dump(content.now(self._watch)) + b"\n\n"
+                    yield b"data: " + orjson.dumps(content.now(self._watch)) + b"\n\n"
                 await asyncio.sleep(CHECK_INTERVAL)
         finally:
             self._streams -= 1
 
 
 def _json(value: object, status: int = 200) -> Response:
-    return Response(_dump(value), status, HEADERS, "application/json")
-
-
-def _dump(value: object) -> bytes:
-    return orjson.dumps(value)
+    return Response(orjson.dumps(value), status, HEADERS, "application/json")
