@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # the machines that run the tests are shared: how long an example takes says nothing about the code
@@ -29,3 +31,13 @@ def require_program() -> Callable[[str], str]:
         return program
 
     return find
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Let no test see another's graphs, and no deprecation inside the compiler be an error of ours."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()

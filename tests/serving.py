@@ -6,9 +6,11 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,19 @@ def command(
     finally:
         process.terminate()
         process.wait(TIMEOUT)
+
+
+@contextmanager
+def listening(server: HTTPServer) -> Iterator[None]:
+    """Have a server of the standard library answer in a thread until the block ends."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def is_ready(url: str, verify: ssl.SSLContext | None = None) -> bool:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import httpx
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
-from serving import command, free_port, wait_until
+from serving import command, free_port, listening, wait_until
 
 from guardserve import ReferenceProfile
 from guardserve.demo.digits import SHIFTS, load_digits
@@ -64,19 +63,6 @@ def program(*arguments: str) -> Iterator[None]:
     finally:
         process.terminate()
         process.wait(30)
-
-
-@contextmanager
-def operators() -> Iterator[Operators]:
-    """Listen to the alerts."""
-    with Operators() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def configure(folder: Path, target: str, alertmanager: str, webhook: str) -> None:
@@ -136,7 +122,8 @@ def watched(folder: Path, url: str, require_program: Callable[[str], str]) -> It
     commands = require_program("prometheus"), require_program("prometheus-alertmanager")
     prometheus, alertmanager = (f"127.0.0.1:{free_port()}" for _ in commands)
     with ExitStack() as stack:
-        woken = stack.enter_context(operators())
+        woken = Operators()
+        stack.enter_context(listening(woken))
         webhook = f"http://127.0.0.1:{woken.server_port}"
         configure(folder, url.removeprefix("http://"), alertmanager, webhook)
         stack.enter_context(

@@ -6,7 +6,6 @@ import copy
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,17 +17,8 @@ from torch import nn
 from guardserve.exceptions import SettingsError
 from guardserve.runtime import Runtime
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    """Let no test see another's graphs, and no deprecation inside the compiler be an error of ours."""
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch._dynamo.reset()
 
 
 def net() -> nn.Module:

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -18,6 +17,7 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml  # type: ignore[import-untyped]
+from serving import listening
 
 from guardserve.metrics import METRIC_NAMES, METRICS
 
@@ -279,14 +279,9 @@ def test_the_health_check_succeeds_only_when_the_server_is_ready(
     server: type[http.server.HTTPServer], status: int
 ) -> None:
     """Its exit status is 0 for a 200 and 1 for a 503 or no server, whatever proxy the environment names."""
-    with server(("127.0.0.1", 0), Answer) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        try:
-            environment = os.environ | {"GUARDSERVE_PORT": str(running.server_port), "http_proxy": "http://127.0.0.1:1"}
-            command = [sys.executable, str(DOCKER / "healthcheck.py")]
-            assert subprocess.run(command, env=environment, timeout=30, check=False).returncode == status
-        finally:
-            running.shutdown()
-            thread.join()
+    running = server(("127.0.0.1", 0), Answer)
+    environment = os.environ | {"GUARDSERVE_PORT": str(running.server_port), "http_proxy": "http://127.0.0.1:1"}
+    command = [sys.executable, str(DOCKER / "healthcheck.py")]
+    with listening(running):
+        assert subprocess.run(command, env=environment, timeout=30, check=False).returncode == status
     assert subprocess.run(command, env=environment, timeout=30, check=False).returncode == 1

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import http.server
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-from serving import command
+from serving import command, listening
 
 trace_service = pytest.importorskip(
     "opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="traces need the extra otel"
@@ -44,22 +41,10 @@ class Export(http.server.BaseHTTPRequestHandler):
         """Keep the tests' output clean."""
 
 
-@contextmanager
-def collector() -> Iterator[Collector]:
-    """Run a collector."""
-    with Collector() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def test_a_request_is_a_span_of_its_callers_trace() -> None:
     """It has the method, the path and the status; health and metrics are no spans; none is lost at the end."""
-    with collector() as received:
+    received = Collector()
+    with listening(received):
         environment = os.environ | {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{received.server_port}",
             "OTEL_EXPORTER_OTLP_COMPRESSION": "none",

@@ -16,7 +16,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from serving import free_port, loaded, metric, serving, wait_until
+from served_models import Echo, Two
+from serving import free_port, listening, loaded, metric, serving, wait_until
 from torch import nn
 
 from guardserve import AsyncClient, Client, exceptions
@@ -54,26 +55,6 @@ def call(request: pytest.FixtureRequest) -> Call:
     """Give both ways to call."""
     found: Call = request.param
     return found
-
-
-class Two(nn.Module):
-    """Two outputs, of which one divides by the first feature."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(3)
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Normalise, and take the inverse."""
-        return {"normal": self.bn(x), "inverse": 1 / x[:, :1]}
-
-
-class Echo(nn.Module):
-    """Gives back what it takes."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Copy."""
-        return x.clone()
 
 
 def test_a_request_gets_its_outputs_with_what_the_server_tells(call: Call) -> None:
@@ -291,14 +272,8 @@ def canned(*answers: tuple[int, dict[str, str], bytes]) -> Iterator[tuple[str, A
     """Run a server of canned answers; give its URL and itself."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Canned)
     server.answers, server.seen = list(answers), 0
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with listening(server):
         yield f"http://127.0.0.1:{server.server_port}", server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 GOOD = json.dumps(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import shutil
 import threading
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,10 @@ from guardserve.monitor import Snapshot
 from guardserve.monitor.compiled import per_sample
 from guardserve.monitor.reading import Plan, read
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 
 
 class Net(nn.Module):
@@ -38,16 +39,6 @@ class Net(nn.Module):
         x = torch.relu(self.deep_bn(self.deep(x.repeat_interleave(self.frames, 0))))
         y: torch.Tensor = self.head_bn(self.head(x.mean((2, 3))))
         return y
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    """Let no test see another's graphs, and no deprecation inside the compiler be an error of ours."""
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch._dynamo.reset()
 
 
 def net(frames: int = 1) -> Net:

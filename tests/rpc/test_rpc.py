@@ -21,6 +21,7 @@ import pytest
 import torch
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
+from served_models import Echo, Two
 from serving import command, free_port, loaded, metric, wait_until
 from torch import nn
 from tritonclient.grpc import service_pb2
@@ -76,26 +77,6 @@ def faces(module: nn.Module, *inputs: TensorSpec, access: Access | None = None, 
     with serve_in_background(app, companion=rpc) as url, httpx.Client(base_url=url, trust_env=False) as client:
         wait_until(lambda: runtime.failure is None or "failed" in runtime.failure)
         yield Faces(client, f"127.0.0.1:{rpc.port}")
-
-
-class Two(nn.Module):
-    """Two outputs, of which one divides by the first feature."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(3)
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Normalise, and take the inverse."""
-        return {"normal": self.bn(x), "inverse": 1 / x[:, :1]}
-
-
-class Echo(nn.Module):
-    """Gives back what it takes."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Copy."""
-        return x.clone()
 
 
 def triton_input(array: np.ndarray[Any, Any], datatype: str = "FP32", name: str = "x") -> triton.InferInput:
