@@ -113,6 +113,12 @@ def exporting() -> bool:
     return is_exporting is not None and is_exporting()
 
 
+def faked() -> bool:
+    """Tell whether this thread computes with tensors that hold nothing, as ``torch.export`` does."""
+    key = torch._C._TorchDispatchModeKey.FAKE  # noqa: SLF001
+    return torch._C._get_dispatch_mode(key) is not None  # noqa: SLF001
+
+
 class Traced:
     """What a thread has read in compiled code of the forward that it is in.
 

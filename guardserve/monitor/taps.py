@@ -19,7 +19,16 @@ from torch import nn
 
 from guardserve.batchnorm import CHANNEL_AXIS, ObservationPoint, batchnorm_layers, observation_points
 from guardserve.graphs import SCRIPT_OPERATORS, GraphMarks, graph_norms
-from guardserve.monitor.compiled import Inbox, Traced, exporting, hand_over, per_sample, read_in_graph, uncompiled
+from guardserve.monitor.compiled import (
+    Inbox,
+    Traced,
+    exporting,
+    faked,
+    hand_over,
+    per_sample,
+    read_in_graph,
+    uncompiled,
+)
 from guardserve.monitor.reading import VALUES, Plan, Reading, Rows, read, side_by_side
 from guardserve.monitor.workspace import MOST_VALUES, Place, Slot, Workspace, fits
 from guardserve.nonfinite import named_tensors
@@ -289,7 +298,7 @@ class Taps:
             self._handles.append(model.register_forward_hook(RootHook(self._end), always_call=True))
 
     def _reader(self, tap: _Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        opened, clock, compiling = self._open, time.perf_counter, torch.compiler.is_compiling
+        opened, clock, compiling = self._open, time.perf_counter, torch.compiler.is_dynamo_compiling
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             del layer
@@ -324,7 +333,7 @@ class Taps:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del model
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self._begin_in_graph(args, kwargs)
             return
         if _looks_only():
@@ -355,7 +364,7 @@ class Taps:
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Hand over the record; a forward that raised (its output is None) has seen no sample through."""
         del model
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self._end_in_graph()
             return
         record = self._open.record
@@ -471,8 +480,8 @@ _IGNORED = Record(0, 0, None, [])
 
 
 def _looks_only() -> bool:
-    """Tell whether a forward serves nobody: it is traced, or re-run to look into it."""
-    return is_tracing() or torch._C._get_tracing_state() is not None  # noqa: SLF001 - torch.jit.is_tracing is this
+    """Tell whether a forward of this thread serves nobody: it is traced or exported, or re-run to look into it."""
+    return is_tracing() or torch._C._get_tracing_state() is not None or faked()  # noqa: SLF001 - torch.jit.is_tracing
 
 
 def _excuse(tap: _Tap, error: Exception) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from guardserve.service.answer import Answer
@@ -21,12 +23,28 @@ SLACK = 64
 """Connections beyond the limit that are still taken, for health and metrics; each is closed after one answer."""
 
 
+WRITE_TIMEOUT = 60.0
+"""Seconds for which a client may take nothing of an answer that waits for it."""
+
 PATIENCE = 0.005
 """Seconds that a body may come after its headers to be answered the short way; many clients send them apart."""
 
 
+class _Flow(FlowControl):
+    """uvicorn's, which also reads on while pipelined requests wait: a client could send more of them without end."""
+
+    def __init__(self, transport: asyncio.Transport, pipeline: deque[Any]) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        """Read on, if all that came before is being answered."""
+        if not self._pipeline:
+            super().resume_reading()
+
+
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection, with an end to one that never sends a request, or never all of its headers.
+    """uvicorn's connection, with an end to one that never sends a request or all its headers, or takes no answer.
 
     An inference request that comes at once is answered past ASGI, whose tasks and messages cost more than a small
     model; its answer is written at once too. Whatever is not plain goes the long way: large and late bodies, pipelined
@@ -42,7 +60,9 @@ class Connection(HttpToolsProtocol):
             transport.abort()
             return
         super().connection_made(transport)
+        self.flow = _Flow(transport, self.pipeline)
         self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
+        self._writing: asyncio.TimerHandle | None = None
         self._begun = False
         self._heading = False
         # a request that may go the short way, if its body is there soon
@@ -54,6 +74,7 @@ class Connection(HttpToolsProtocol):
         """End."""
         if self.transport is not None:
             self._stop_waiting()
+            self._stop_writing()
             super().connection_lost(exc)
             self._go_on()
             if self._job is not None:
@@ -69,6 +90,17 @@ class Connection(HttpToolsProtocol):
                 self._late = self.loop.call_later(PATIENCE, self._go_on)
         if self._begun and self._waiting is None:
             self._waiting = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
+
+    def pause_writing(self) -> None:
+        """Write no more: the client does not take what there is."""
+        super().pause_writing()
+        self._stop_writing()
+        self._wait_for_client()
+
+    def resume_writing(self) -> None:
+        """Write again."""
+        self._stop_writing()
+        super().resume_writing()
 
     def on_message_begin(self) -> None:
         """Begin a request."""
@@ -138,6 +170,19 @@ class Connection(HttpToolsProtocol):
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
+
+    def _wait_for_client(self, unsent: int | None = None) -> None:
+        """End the connection if nothing has been taken since there was so much to send."""
+        left = self.transport.get_write_buffer_size()
+        if left == unsent:
+            self.transport.abort()
+        else:
+            self._writing = self.loop.call_later(WRITE_TIMEOUT, self._wait_for_client, left)
+
+    def _stop_writing(self) -> None:
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
 
     def _stop_waiting(self) -> None:
         if self._waiting is not None:

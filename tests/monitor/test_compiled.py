@@ -6,6 +6,7 @@ import copy
 import shutil
 import threading
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -170,6 +171,20 @@ def test_threads_share_a_compiled_model() -> None:
             thread.join()
         assert monitor.snapshot().samples == sum(map(len, inputs))
         assert {layer.samples for layer in monitor.snapshot().layers} == {sum(map(len, inputs))}
+
+
+def test_forwards_count_while_another_thread_compiles() -> None:
+    """What tells that something is compiled tells it to every thread: it is not asked."""
+    model = net()
+    (x,) = batches(2)
+    with (
+        Monitor(model) as monitor,
+        torch.inference_mode(),
+        mock.patch.object(torch.compiler, "_is_compiling_flag", True),
+    ):
+        assert torch.compiler.is_compiling()
+        model(x)
+        assert monitor.snapshot().samples == 2
 
 
 def test_an_exported_program_carries_no_monitor() -> None:

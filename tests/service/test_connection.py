@@ -7,7 +7,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
 from unittest import mock
 
 import httpx
@@ -17,10 +18,11 @@ from serving import loaded, metric, serving, wait_until
 from torch import nn
 
 from guardserve.runtime import Runtime
+from guardserve.service import connection as connection_module
 from guardserve.service import inference
 from guardserve.service.app import create_app
 from guardserve.service.background import serve_in_background
-from guardserve.service.connection import PATIENCE
+from guardserve.service.connection import PATIENCE, Connection
 from guardserve.service.gateway import Gateway
 from guardserve.service.limits import Limits
 from guardserve.signature import TensorSpec
@@ -60,20 +62,26 @@ def request(first: float, *headers: str, path: str = INFER, version: str = "1.1"
     return "\r\n".join([*lines, "", ""]).encode() + content
 
 
+def send_for_ever(connection: Wire, part: bytes) -> None:
+    """Send far more than the kernel's buffers hold."""
+    for _ in range(2**29 // len(part)):
+        connection.socket.sendall(part)
+
+
 @contextmanager
-def connected(client: httpx.Client) -> Iterator[Connection]:
+def connected(client: httpx.Client) -> Iterator[Wire]:
     """Connect to a client's server without any HTTP."""
     address = client.base_url.host, client.base_url.port or 80
-    with socket.create_connection(address, timeout=20) as sock:
-        yield Connection(sock)
+    with socket.create_connection(address, timeout=20) as sock, sock.makefile("rb") as file:
+        yield Wire(sock, file)
 
 
-class Connection:
+class Wire:
     """A connection on which answers are read one by one."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, file: BinaryIO) -> None:
         self.socket = sock
-        self.file = sock.makefile("rb")
+        self.file = file
 
     def answer(self) -> tuple[int, dict[str, str], bytes]:
         """Read one answer: status, headers, body."""
@@ -187,13 +195,57 @@ def test_a_client_that_does_not_read_is_not_written_to_without_end() -> None:
     """What waits to be sent is bounded: its further requests wait, and others are served."""
     with serving(Echo(copies=5_000)) as client, connected(client) as connection:
         connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
-        connection.socket.settimeout(2)
-        requests = 100_000
+        connection.socket.settimeout(3)  # for each part: nobody takes any for so long
         with pytest.raises(TimeoutError):
-            connection.socket.sendall(request(1) * requests)
+            send_for_ever(connection, request(1) * 1_000)
         answered = metric(client, 'guardserve_requests_total{model="net",status="200"}')
-        assert 0 < answered < requests / 10
+        assert 0 < answered < 10_000
         assert client.get("/v2/health/ready").status_code == 200
+
+
+def test_a_client_that_takes_no_answer_is_let_go() -> None:
+    """Its connection ends, as what it asked for would wait for ever; one that takes some, slowly, is kept."""
+    with (
+        mock.patch.object(connection_module, "WRITE_TIMEOUT", 1.5),
+        serving(Echo(copies=500_000)) as client,  # 6 MB
+        connected(client) as slow,
+        connected(client) as idle,
+    ):
+        for each in (slow, idle):
+            each.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**17)
+            each.socket.sendall(request(1))
+        answer = slow.file.readline()
+        while not answer.endswith(b"}"):
+            time.sleep(0.1)
+            part = slow.file.read(2**18)
+            assert part, "the slow client was let go"
+            answer += part
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert idle.socket.recv(1)
+        with pytest.raises(ConnectionError):
+            send_for_ever(idle, request(1))
+
+
+def test_pipelined_requests_are_read_as_they_are_answered() -> None:
+    """Each waits in memory only once those before it are nearly answered: no client can fill it."""
+    begin = Connection.on_message_begin
+    with (
+        mock.patch.object(Connection, "on_message_begin", autospec=True, side_effect=begin) as begun,
+        serving(Echo()) as client,
+        connected(client) as connection,
+    ):
+
+        def send() -> None:
+            with suppress(OSError):  # in the end nobody takes them
+                connection.socket.sendall(request(1) * 30_000)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        for _ in range(200):
+            assert connection.first() == 1
+        assert 200 <= begun.call_count < 200 + 2 * 2**18 / len(request(1))
+        connection.socket.shutdown(socket.SHUT_RDWR)
+        sender.join(20)
 
 
 def test_middleware_around_the_application_sees_every_request(short: mock.Mock) -> None:
