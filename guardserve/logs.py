@@ -8,6 +8,8 @@ from typing import Literal
 
 import orjson
 
+from guardserve.identity import current
+
 LogFormat = Literal["text", "json"]
 
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -20,7 +22,8 @@ class JsonFormatter(logging.Formatter):
     """Writes a record as one line of JSON.
 
     It has ``time`` (RFC 3339, UTC), ``level``, ``logger``, ``message``, whatever was given as ``extra``, such as
-    ``model``, ``event`` or ``request_id``, and an exception's traceback as ``exception``.
+    ``model`` or ``event``, and an exception's traceback as ``exception``. A line that belongs to a request has its ids:
+    ``request_id``, and where they are known ``trace_id`` and ``protocol_id``.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -32,6 +35,9 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        identity = current()
+        if identity is not None:
+            line |= identity.labels()
         line |= {name: value for name, value in vars(record).items() if name not in _OWN}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import platform
 import threading
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from guardserve import __version__
 from guardserve.engine import FAULTS, Engine, EngineCounts
+from guardserve.identity import Exemplar, Identity
 from guardserve.monitor import State, Verdict
 from guardserve.runtime import Runtime
 
@@ -195,11 +197,15 @@ class Distribution:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
+        self.exemplars: list[Exemplar | None] = [None] * len(self.counts)
 
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
+    def observe(self, value: float, identity: Identity | None = None) -> None:
+        """Count a value, and keep whose it is until the next in its bucket."""
+        bucket = bisect_left(self.bounds, value)
+        self.counts[bucket] += 1
         self.sum += value
+        if identity is not None:
+            self.exemplars[bucket] = Exemplar(identity, value, time.time())
 
 
 class Metrics:
@@ -212,6 +218,7 @@ class Metrics:
         registry: Where to register; a fresh registry by default, never the global one.
 
     Attributes:
+        model: Its name.
         in_flight: Inference requests being worked on.
         requests: Inference requests ended, by status.
         errors: Those that were refused or failed, by reason.
@@ -220,6 +227,7 @@ class Metrics:
 
     def __init__(self, runtime: Runtime, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry if registry is not None else CollectorRegistry()
+        self.model = runtime.name
         self.in_flight = 0
         # a counter that appears with its first increment hides that increment from rate() and increase()
         self.requests: Counter[int] = Counter({200: 0})
@@ -237,16 +245,19 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
-    def request_ended(self, status: int, seconds: float, reason: str | None = None) -> None:
+    def request_ended(
+        self, status: int, seconds: float, reason: str | None = None, identity: Identity | None = None
+    ) -> None:
         """Count an inference request.
 
         Args:
             status: HTTP status of its answer.
             seconds: Time that it took.
             reason: One of :data:`REASONS` when it was refused or failed.
+            identity: Whose it was.
         """
         self.requests[status] += 1
-        self.duration.observe(seconds)
+        self.duration.observe(seconds, identity)
         if reason is not None:
             self.errors[reason] += 1
 

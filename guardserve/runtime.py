@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from torch import nn
 from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputError, SettingsError
 from guardserve.fusion import check_fused, fuse, fusion_report
 from guardserve.guard import EvalGuard, HazardPolicy
+from guardserve.identity import Exemplar, current
 from guardserve.loading import LoadedModel
 from guardserve.monitor import VALUES, Monitor, ReferenceProfile, StateKeeper
 from guardserve.nonfinite import NonFinite, find_nonfinite, is_finite
@@ -95,6 +97,7 @@ class Runtime:
         keeper: What saves its state; None without a file for it.
         target_arl: Samples between false alarms, on average, with a reference.
         nonfinite: Samples with a non-finite value, by ``("input" | "output", name)``.
+        nonfinite_exemplars: The last request with any, by the same.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class Runtime:
         self._state, self._learn, self._learned = state, learn if reference is None else None, learned
         self._resume()
         self.nonfinite: Counter[tuple[str, str]] = Counter()
+        self.nonfinite_exemplars: dict[tuple[str, str], Exemplar] = {}
         self._counting = threading.Lock()
         self._held = False
 
@@ -327,6 +331,9 @@ class Runtime:
     def _count_nonfinite(self, origin: str, name: str, rows: int) -> None:
         with self._counting:
             self.nonfinite[origin, name] += rows
+            identity = current()
+            if identity is not None:
+                self.nonfinite_exemplars[origin, name] = Exemplar(identity, rows, time.time())
 
     def _probe(self) -> tuple[TensorSpec, ...]:
         """Run the model at batch size 1, then with every free size doubled to see which output sizes follow."""

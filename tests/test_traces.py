@@ -57,12 +57,15 @@ def test_a_request_is_a_span_of_its_callers_trace() -> None:
                 f"{url}/v2/models/digits_cnn/infer", json={"inputs": []}, headers={"traceparent": parent}
             )
             assert answer.status_code == 400
+            assert answer.headers["x-request-id"] == TRACE
+            own = client.get(f"{url}/v2/models/digits_cnn").headers["x-request-id"]
     (resource,) = received.resources
     assert {"service.name": "guardserve"}.items() <= {
         attribute.key: attribute.value.string_value for attribute in resource.resource.attributes
     }.items()
-    (span,) = [span for scope in resource.scope_spans for span in scope.spans]
+    span, second = [span for scope in resource.scope_spans for span in scope.spans]
     assert span.trace_id.hex() == TRACE
+    assert second.trace_id.hex() == own, "a request without a trace is called by that of its span"
     values = {attribute.key: attribute.value for attribute in span.attributes}
     assert values["http.method"].string_value == "POST"
     assert values["http.status_code"].int_value == 400

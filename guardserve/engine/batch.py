@@ -9,6 +9,7 @@ import torch
 
 from guardserve.engine.job import DeviceError, Job, OutOfMemoryError, Result
 from guardserve.exceptions import InputError, ModelOutputError
+from guardserve.identity import identified
 from guardserve.nonfinite import is_finite
 from guardserve.runtime import Forward, Runtime
 
@@ -76,7 +77,8 @@ class Batch:
         """Refuse the requests whose inputs are not finite, and run the others."""
         refused = {}
         for job in jobs:
-            found = self._runtime.nonfinite_inputs(job.inputs)
+            with identified(job.identity):
+                found = self._runtime.nonfinite_inputs(job.inputs)
             if found:
                 refused[job] = Result.failed(InputError(f"{found[0]}: send finite numbers"))
         rest = [job for job in jobs if job not in refused]
@@ -88,7 +90,8 @@ class Batch:
         outputs = forward.outputs
         if forward.finite or all(map(is_finite, outputs.values())):
             return Result(outputs, p_values=forward.p_values)
-        errors = self._runtime.nonfinite_outputs(outputs, job.inputs)
+        with identified(job.identity):
+            errors = self._runtime.nonfinite_outputs(outputs, job.inputs)
         return Result(outputs, errors, forward.p_values) if job.allow_nonfinite else Result.failed(errors[0])
 
     def _forward(self, tensors: Sequence[torch.Tensor], *, score: bool) -> Forward:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 
 from guardserve.exceptions import GuardserveError, NonFiniteOutputError
+from guardserve.identity import current
 
 State: TypeAlias = Literal["new", "queued", "running", "done", "dropped"]
 
@@ -65,9 +66,21 @@ class Job:
         queued_at: When it was queued, by the monotonic clock.
         began_at: When its batch was taken.
         result: What came of it, once it is done.
+        identity: Whose request it is: what was current when it was made.
     """
 
-    __slots__ = ("allow_nonfinite", "began_at", "inputs", "queued_at", "result", "rows", "score", "shape", "state")
+    __slots__ = (
+        "allow_nonfinite",
+        "began_at",
+        "identity",
+        "inputs",
+        "queued_at",
+        "result",
+        "rows",
+        "score",
+        "shape",
+        "state",
+    )
 
     def __init__(self, inputs: Sequence[torch.Tensor], *, allow_nonfinite: bool = False, score: bool = False) -> None:
         self.inputs = inputs
@@ -78,6 +91,7 @@ class Job:
         self.state: State = "new"
         self.queued_at = self.began_at = 0.0
         self.result: Result | None = None
+        self.identity = current()
 
     def finish(self, result: Result) -> None:
         """Take the result, and let go of the inputs."""

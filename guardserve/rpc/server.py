@@ -16,6 +16,7 @@ import orjson
 from starlette.types import ASGIApp, Message, Scope
 
 from guardserve.exceptions import GuardserveError, MissingExtraError
+from guardserve.identity import REQUEST_ID
 from guardserve.service.answer import Answer, failure
 from guardserve.service.body import HEADER_LENGTH, ProtocolError
 from guardserve.service.gateway import Gateway
@@ -39,7 +40,7 @@ CODES = {
 }
 """gRPC's status for each of HTTP's that the service answers with; INTERNAL for the others."""
 
-PASSED = {"authorization", "traceparent", "tracestate"}
+PASSED = {"authorization", "traceparent", "tracestate", "x-request-id"}
 """Metadata of a call that the request has as headers."""
 
 LINGER = 0.5
@@ -219,6 +220,7 @@ class RpcServer:
     ) -> Reply:
         """Ask the service; end the call with its error unless its status is 200 or another that is expected."""
         reply = await self._ask(context, method, path, headers, body)
+        context.set_trailing_metadata(_trailing(reply))
         if reply.status not in (OK, also):
             await self._abort(context, reply)
         return reply
@@ -229,9 +231,7 @@ class RpcServer:
         except (orjson.JSONDecodeError, LookupError, TypeError):
             text = f"HTTP {reply.status}"
         code = getattr(self._grpc.StatusCode, CODES.get(reply.status, "INTERNAL"))
-        after = reply.headers.get(b"retry-after")
-        trailing = () if after is None else (("retry-after", after.decode("latin-1")),)
-        await context.abort(code, text, trailing)
+        await context.abort(code, text, _trailing(reply))
         raise AssertionError  # abort raises
 
     async def _ask(
@@ -267,6 +267,12 @@ class RpcServer:
             exchange.gone.set()
             raise
         return exchange.reply
+
+
+def _trailing(reply: Reply) -> tuple[tuple[str, str], ...]:
+    """Return the headers of an answer that a call's metadata has as well."""
+    passed = ((name, reply.headers.get(name)) for name in (b"retry-after", REQUEST_ID))
+    return tuple((name.decode(), value.decode("latin-1")) for name, value in passed if value is not None)
 
 
 async def _refused(error: ProtocolError, model: str) -> Answer:

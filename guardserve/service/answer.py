@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import orjson
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from guardserve.engine import DeviceError, ForwardTimeoutError, OutOfMemoryError, QueueFullError
 from guardserve.exceptions import InputError, ModelOutputError, NonFiniteOutputError, TrainingModeError
+from guardserve.identity import Identity
 from guardserve.service.body import ProtocolError
 
 _log = logging.getLogger(__name__)
@@ -39,11 +40,26 @@ class Answer(NamedTuple):
     headers: Headers
     reason: str | None = None
 
+    def named(self, identity: Identity) -> Answer:
+        """Return it with the id of its request."""
+        return Answer(self.status, self.body, [*self.headers, identity.header], self.reason)
+
     async def send(self, send: Send) -> None:
         """Send it."""
         headers = [*self.headers, (b"content-length", b"%d" % len(self.body))]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
+
+
+def named(send: Send, identity: Identity) -> Send:
+    """Have an answer sent with the id of its request."""
+
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), identity.header]}
+        await send(message)
+
+    return wrapped
 
 
 def refusal(status: int, reason: str, error: str, headers: Headers = ()) -> Answer:

@@ -13,11 +13,12 @@ from starlette.types import Receive, Scope, Send
 
 from guardserve import __version__
 from guardserve.audit.report import Finding
+from guardserve.identity import Identity, identified
 from guardserve.metrics import Metrics
 from guardserve.page.endpoints import Page
 from guardserve.runtime import Runtime
 from guardserve.service.access import CHALLENGE, Access, is_open
-from guardserve.service.answer import RETRY_AFTER, refusal
+from guardserve.service.answer import RETRY_AFTER, named, refusal
 from guardserve.service.endpoints import ProtocolEndpoints, error_response, metrics_router
 from guardserve.service.gateway import Gateway
 from guardserve.service.inference import Inference, OnNonFinite
@@ -57,19 +58,26 @@ class Service(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or run the lifespan."""
-        if scope["type"] == "http":
-            if self.life.closing or self.life.crowded:
-                send = closing(send)
-            if self.life.crowded and not is_open(scope["path"]):
-                await CROWDED.send(send)
-                return
-            if not self.access.allows(scope):
-                await UNAUTHORIZED.send(send)
-                return
-            paths, gateway = self.inference
-            if scope["path"] in paths and scope["method"] == "POST":
-                await gateway(scope, receive, send)
-                return
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+            return
+        identity = Identity(dict(scope["headers"]))
+        with identified(identity):
+            await self._answer(scope, receive, named(send, identity))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.life.closing or self.life.crowded:
+            send = closing(send)
+        if self.life.crowded and not is_open(scope["path"]):
+            await CROWDED.send(send)
+            return
+        if not self.access.allows(scope):
+            await UNAUTHORIZED.send(send)
+            return
+        paths, gateway = self.inference
+        if scope["path"] in paths and scope["method"] == "POST":
+            await gateway(scope, receive, send)
+            return
         await super().__call__(scope, receive, send)
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from guardserve.identity import Identity, current, identified
 from guardserve.metrics import Metrics
 from guardserve.service.answer import CLIENT_CLOSED_REQUEST, INTERNAL, RETRY_AFTER, Answer, refusal
 from guardserve.service.inference import Inference, Pending
 from guardserve.service.limits import Limits
+from guardserve.service.report import Reporter
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class Gateway:
         self._metrics = metrics
         self._limits = limits
         self._held = 0
+        self._reporter = Reporter(metrics.model)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -61,7 +64,7 @@ class Gateway:
             _log.exception("an inference request failed")
         finally:
             metrics.in_flight -= 1
-            metrics.request_ended(answer.status, time.perf_counter() - started, answer.reason)
+            self._ended(answer, time.perf_counter() - started, current())
         return answer
 
     def begin(self, body: bytes, headers: Mapping[bytes, bytes], send: Callable[[Answer], object]) -> Pending | None:
@@ -70,22 +73,29 @@ class Gateway:
         metrics = self._metrics
         metrics.in_flight += 1
         held = _Held(self)
+        identity = Identity(headers)
 
         def ended(answer: Answer) -> None:
             held.release()
             metrics.in_flight -= 1
-            metrics.request_ended(answer.status, time.perf_counter() - started, answer.reason)
-            send(answer)
+            self._ended(answer, time.perf_counter() - started, identity)
+            send(answer.named(identity))
 
-        try:
-            held.take(body)
-            return self._inference.begin(body, headers, ended)
-        except RefusedBodyError as refused:
-            ended(refused.answer)
-        except Exception:  # noqa: BLE001 - a fault of ours is an answer too, and counted
-            _log.exception("an inference request failed")
-            ended(INTERNAL)
-        return None
+        with identified(identity):
+            try:
+                held.take(body)
+                return self._inference.begin(body, headers, ended)
+            except RefusedBodyError as refused:
+                ended(refused.answer)
+            except Exception:  # noqa: BLE001 - a fault of ours is an answer too, and counted
+                _log.exception("an inference request failed")
+                ended(INTERNAL)
+            return None
+
+    def _ended(self, answer: Answer, seconds: float, identity: Identity | None) -> None:
+        self._metrics.request_ended(answer.status, seconds, answer.reason, identity)
+        if answer.reason is not None:
+            self._reporter.report(answer, identity)
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
         headers: Mapping[bytes, bytes] = dict(scope["headers"])

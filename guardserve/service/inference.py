@@ -17,6 +17,7 @@ import torch
 
 from guardserve.engine import Engine, Job, Result
 from guardserve.exceptions import GuardserveError
+from guardserve.identity import MAX_LENGTH, identified
 from guardserve.metrics import Metrics
 from guardserve.runtime import Runtime
 from guardserve.service.answer import CLIENT_CLOSED_REQUEST, INTERNAL, RETRY_AFTER, Answer, failure, refusal
@@ -211,11 +212,13 @@ class Inference:
                         writing = asyncio.ensure_future(
                             self._aside(functools.partial(self._write, job.result, request))
                         )
-                        writing.add_done_callback(lambda written: send(_written(written)))
+                        with identified(job.identity):
+                            writing.add_done_callback(lambda written: send(_written(written)))
                         return
                     answer = self._write(job.result, request)
             except Exception:  # noqa: BLE001 - others are to be told how they ended, whatever went wrong here
-                _log.exception("an answer could not be written")
+                with identified(job.identity):
+                    _log.exception("an answer could not be written")
                 answer = INTERNAL
             send(answer or OUTCOMES["done"])
 
@@ -235,7 +238,8 @@ class Inference:
         if outcome != "done" or job.result is None:
             return OUTCOMES[outcome]
         if job.result.error is not None:
-            return failure(job.result.error, self._runtime.name)
+            with identified(job.identity):
+                return failure(job.result.error, self._runtime.name)
         return self._shift.refusal(job.result.p_values)
 
     async def _aside(self, function: Callable[[], T]) -> T:
@@ -292,6 +296,8 @@ class Inference:
             allow_nonfinite=self._flags(request),
             score=self._scores(request),
         )
+        if request.id is not None and job.identity is not None:
+            job.identity.protocol_id = request.id[:MAX_LENGTH]
         self._engine.submit(job)
         self._pending[job] = None
         if own and timeout is not None:
