@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -74,11 +73,20 @@ def current() -> Identity | None:
     return _current.get()
 
 
-@contextmanager
-def identified(identity: Identity | None) -> Iterator[None]:
-    """Say whose request it is that the block works on, to whatever it calls."""
-    token = _current.set(identity)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+class identified:  # noqa: N801 - it reads as a verb, and as a class it takes half the time of a generator
+    """Say whose request it is that the block works on, to whatever it calls.
+
+    Args:
+        identity: Whose; None for nobody's.
+    """
+
+    __slots__ = ("_identity", "_token")
+
+    def __init__(self, identity: Identity | None) -> None:
+        self._identity = identity
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self._identity)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _current.reset(self._token)

@@ -297,11 +297,12 @@ def test_a_full_queue_is_unavailable_at_once() -> None:
         accepted = begin(1)
         wait_until(lambda: waiting(served) == 1)
         with pytest.raises(grpc.RpcError) as caught:
-            served.call("ModelInfer", **row(2))
+            served.call("ModelInfer", metadata={"x-request-id": "mine"}, **row(2))
         failed: Any = caught.value
         assert failed.code() is grpc.StatusCode.UNAVAILABLE
         assert "requests are waiting" in failed.details()
-        assert dict(failed.trailing_metadata())["retry-after"] == "1"
+        told = dict(failed.trailing_metadata())
+        assert (told["retry-after"], told["x-request-id"]) == ("1", "mine")
         gate.open.set()
         assert accepted.result().outputs
     assert 2.0 not in gate.seen
