@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ UNKNOWN = 4
 """How many times longer than seen the tail is taken to be, beyond run lengths of as many samples as there are."""
 
 PARTS = 16
-"""Random parts of the held-out samples whose measurements are compared."""
+"""Places of production's mean whose measurements are compared."""
 
 Thresholds = npt.NDArray[np.float64]
 
@@ -78,12 +78,11 @@ class Pool:
         return cls(shorten(whitened, levels.radius, length), levels.oddness(length).max(1), run, fitted)
 
     def orders(self, streams: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.intp]]:
-        """Yield, step by step for ever, which vector each stream takes.
+        """Yield, cycle by cycle for ever, which vectors each stream takes, shape ``(N, streams)``.
 
         Runs of samples stay together (a circular block bootstrap, Politis and Romano 1992). They are drawn with
-        replacement if :meth:`offsets` tells how far production may be from the pool. Else a stream takes no vector
-        twice before it has taken them all: what a chart remembers are different samples then, as in production, and
-        the chance mean of a small pool is not taken for a shift.
+        replacement from vectors that were whitened by each other. Else a stream takes no vector twice in a cycle: what
+        a chart remembers are different samples then, as in production.
         """
         size = len(self.vectors)
         starts = np.arange(0, size, self.run)
@@ -93,26 +92,36 @@ class Pool:
             else:
                 drawn = rng.permuted(np.tile(starts, (streams, 1)), axis=1) + rng.integers(0, size, (streams, 1))
             rows = (drawn[:, :, None] + np.arange(self.run)).reshape(streams, -1) % size
-            yield from np.ascontiguousarray(rows[:, :size].T)
+            yield np.ascontiguousarray(rows[:, :size].T)
 
-    def offsets(self, streams: int, rng: np.random.Generator) -> Array:
-        """Return by how much the mean of production may differ from that of the whitening, for each stream.
-
-        Vectors that were whitened by each other have no such difference left on average, and streams from them would
-        alarm less often than those of fresh samples. It is put back by the bootstrap: how far the mean of as many
-        vectors, drawn with replacement, is from the mean of all.
-        """
+    def chance(self, count: int, samples: int, rng: np.random.Generator) -> Array:
+        """Draw how far the mean of so many samples may be from that of all: by the bootstrap, ``count`` times."""
         size, shape = len(self.vectors), self.vectors.shape[1:]
-        if self.fitted is None:
-            return np.zeros((1, *shape), np.float32)
-        runs = math.ceil(self.fitted / self.run)
-        weights = np.zeros((streams, size), np.float32)
-        for row, starts in enumerate(rng.integers(0, size, (streams, runs))):
+        runs = math.ceil(samples / self.run)
+        weights = np.zeros((count, size), np.float32)
+        for row, starts in enumerate(rng.integers(0, size, (count, runs))):
             drawn = (starts[:, None] + np.arange(self.run)) % size
             weights[row] = np.bincount(drawn.ravel(), minlength=size) / drawn.size
         weights -= 1 / np.float32(size)
-        offsets: Array = (weights @ self.vectors.reshape(size, -1)).reshape(streams, *shape)
-        return offsets
+        distances: Array = (weights @ self.vectors.reshape(size, -1)).reshape(count, *shape)
+        return distances
+
+    def plausible(self, count: int, fitted: int, rng: np.random.Generator) -> Iterator[Pool]:
+        """Yield the pool as it would be with its mean where that of production may be.
+
+        The mean of ``m`` vectors is off by chance, which charts with a memory take for a shift. The whitening's centre
+        is the mean of ``n`` other samples, and off by chance too. Given both, the mean of production is distributed
+        about ``m / (n + m)`` of the pool's mean as the mean of ``n + m`` samples is about it.
+
+        Args:
+            count: How many.
+            fitted: ``n``.
+            rng: The source of chance.
+        """
+        size = len(self.vectors)
+        mean = self.vectors.mean(0)
+        for distance in self.chance(count, size + fitted, rng):
+            yield replace(self, vectors=self.vectors + (mean * np.float32(size / (size + fitted)) - mean + distance))
 
 
 def dependent_run(vectors: Array) -> int:
@@ -145,12 +154,16 @@ def simulate(
         themselves, shape ``(streams,)``.
     """
     chart = Chart(streams, dimensions, pool.vectors.shape[2])
-    offsets = pool.offsets(streams, rng)
     vectors = np.empty((streams, *pool.vectors.shape[1:]), np.float32)
-    for _, order in zip(range(steps), pool.orders(streams, rng), strict=False):
-        np.take(pool.vectors, order, axis=0, out=vectors, mode="clip")
-        vectors += offsets
-        yield chart.step(vectors), pool.oddness[order]
+    # vectors that were whitened by each other have the mean 0, from which that of production differs by chance, and
+    # cycles without replacement have one mean, where those of as many fresh samples differ
+    fixed = None if pool.fitted is None else pool.chance(streams, pool.fitted, rng)
+    for first, orders in zip(range(0, steps, len(pool.vectors)), pool.orders(streams, rng), strict=False):
+        distance = pool.chance(streams, len(pool.vectors), rng) if fixed is None else fixed
+        for order in orders[: steps - first]:
+            np.take(pool.vectors, order, axis=0, out=vectors, mode="clip")
+            vectors += distance
+            yield chart.step(vectors), pool.oddness[order]
 
 
 def find_levels(whitened: Array, dimensions: Sequence[int], rng: np.random.Generator, run: int = 1) -> Levels:
@@ -241,6 +254,7 @@ def tail_thresholds(oddness: Array, aims: npt.NDArray[np.float64]) -> npt.NDArra
 
 def measure(
     held_out: Pool,
+    fitted: int,
     dimensions: Sequence[int],
     levels: Levels,
     *,
@@ -250,23 +264,16 @@ def measure(
 ) -> RunLength:
     """Measure the average run length on vectors that took no part in fitting or thresholds.
 
-    Its interval covers both the simulation and the chance that picked these samples: the spread between streams
-    that draw from random halves of the samples is what one would find between fresh sets of samples.
+    Its interval covers both the simulation and the chance that picked these samples, and those that the whitening was
+    ``fitted`` to: streams differ in where the mean of production is (:meth:`Pool.plausible`).
     """
     horizons = [horizon for horizon in HORIZONS if horizon <= 2 * target_arl]
-    streams, size = STREAMS // PARTS, len(held_out.vectors)
-
-    def alarms() -> npt.NDArray[np.int64]:
-        if held_out.run > 1:
-            rows = (rng.integers(size) + np.arange(size // 2)) % size
-        else:
-            rows = rng.permutation(size)[: size // 2]
-        part = Pool(held_out.vectors[rows], held_out.oddness[rows], held_out.run)
-        largest = largest_evidence(part, dimensions, levels, streams=streams, horizons=horizons, rng=rng)
-        alarmed: npt.NDArray[np.int64] = (largest >= thresholds[:, None]).any(1).sum(1)
-        return alarmed
-
-    counts = np.stack([alarms() for _ in range(PARTS)])
+    streams = STREAMS // PARTS
+    alarmed = [
+        largest_evidence(pool, dimensions, levels, streams=streams, horizons=horizons, rng=rng) >= thresholds[:, None]
+        for pool in held_out.plausible(PARTS, fitted, rng)
+    ]
+    counts = np.stack([part.any(1).sum(1) for part in alarmed])
     some_left = np.flatnonzero(counts.sum(0) <= 0.8 * streams * PARTS)
     row = int(some_left[-1]) if len(some_left) else 0
     total, horizon = int(counts[:, row].sum()), horizons[row]

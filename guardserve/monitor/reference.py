@@ -36,7 +36,7 @@ CARRIED = 10
 
 FOLDS = 10
 
-SAMPLES_PER_DIMENSION = 5
+SAMPLES_PER_DIMENSION = 8
 MIN_WIDTH = 16
 """A layer is sketched to half as many dimensions, down to this, until there are so many samples for each."""
 
@@ -150,6 +150,7 @@ class ReferenceProfile:
         measuring = Pool.of(whitening.apply(data.held_out), levels, run=run)
         measured_arl = measure(
             measuring,
+            len(data.fitting),
             dimensions,
             levels,
             thresholds=thresholds_at(thresholds, target_arl),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import nn
@@ -90,8 +89,7 @@ def test_runs_stay_together_and_nothing_comes_twice_before_all_have_come() -> No
     vectors = np.arange(60, dtype=np.float32).reshape(60, 1, 1)
     pool = Pool(vectors, np.zeros(60, np.float32), run=10)
     orders = pool.orders(3, np.random.default_rng(6))
-    rows: npt.NDArray[np.intp] = np.stack([next(orders) for _ in range(60)])
-    for stream in rows.T:
+    for stream in next(orders).T:
         assert sorted(stream.tolist()) == list(range(60))
         assert (np.diff(stream) % 60 == 1).sum() >= 54
 
@@ -108,13 +106,35 @@ def test_few_samples_are_met_with_prudence_and_rare_ones_with_more() -> None:
     assert (thresholds[~within] > exact[~within] + 0.2 * np.log(ARLS[~within] / 1000)).all()
 
 
-def test_offsets_are_as_wide_as_the_error_of_the_fitted_mean() -> None:
+def test_chance_is_as_wide_as_the_error_of_a_mean() -> None:
     """The mean of 400 white vectors is off by a twentieth of a standard deviation."""
     vectors = np.random.default_rng(8).standard_normal((400, 2, 8)).astype(np.float32)
-    pool = Pool(vectors, np.zeros(400, np.float32), fitted=400)
-    assert pool.offsets(500, np.random.default_rng(9)).std() == pytest.approx(1 / 20, rel=0.1)
-    assert not pool.offsets(500, np.random.default_rng(9)).mean() > 0.01
-    assert not Pool(vectors, pool.oddness).offsets(3, np.random.default_rng(9)).any()
+    chance = Pool(vectors, np.zeros(400, np.float32)).chance(500, 400, np.random.default_rng(9))
+    assert chance.std() == pytest.approx(1 / 20, rel=0.1)
+    assert abs(chance.mean()) < 0.01
+
+
+def test_held_out_vectors_are_moved_to_where_production_may_be() -> None:
+    """About ``m / (n + m)`` of their mean, as wide as the mean of ``n + m``, and otherwise as they are."""
+    vectors = np.random.default_rng(11).standard_normal((100, 2, 8)).astype(np.float32) + 1
+    pools = list(Pool(vectors, np.zeros(100, np.float32)).plausible(200, 300, np.random.default_rng(12)))
+    means = np.stack([pool.vectors.mean(0) for pool in pools])
+    np.testing.assert_allclose(means.mean(0), vectors.mean(0) / 4, atol=0.015)
+    assert means.std(0).mean() == pytest.approx(1 / 20, rel=0.1)
+    np.testing.assert_allclose(pools[0].vectors - means[0], vectors - vectors.mean(0), atol=1e-5)
+
+
+def test_a_small_reference_measures_its_true_run_length() -> None:
+    """The chance mean of 150 held-out samples is not taken for a shift: four profiles of 600 are right on average."""
+    rng = np.random.default_rng(13)
+    fresh = autoregressive(20_000, 0, rng)
+    ratios = []
+    for _ in range(4):
+        profile = fitted(autoregressive(600, 0, rng), ordered=False)
+        true = run_length(profile, fresh, 1)
+        assert profile.measured_arl.low / 2 < true < 2 * profile.measured_arl.high
+        ratios.append(profile.measured_arl.mean / true)
+    assert 0.5 < math.exp(np.log(ratios).mean()) < 2
 
 
 def test_fitting_leaves_torch_its_threads() -> None:
