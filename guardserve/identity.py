@@ -13,7 +13,7 @@ REQUEST_ID = b"x-request-id"
 MAX_LENGTH = 64
 """Characters of an id: what is longer is not taken, or, of the protocol's own, cut."""
 
-_GIVEN = re.compile(rb"[!-~]{1,%d}" % MAX_LENGTH)
+_GIVEN = re.compile(rb"[!#-\[\]-~]{1,%d}" % MAX_LENGTH)
 _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
@@ -21,8 +21,9 @@ class Identity:
     """The ids of one request.
 
     Attributes:
-        request_id: The client's ``X-Request-Id`` if that is printable ASCII without spaces, of at most
-            :data:`MAX_LENGTH` characters; else the trace's id; else one made for it.
+        request_id: The client's ``X-Request-Id`` if that is printable ASCII without spaces, quotation marks and
+            backslashes, which Prometheus 2 does not read, of at most :data:`MAX_LENGTH` characters; else the trace's
+            id; else one made for it.
         trace_id: The id in its ``traceparent`` (W3C Trace Context); None without a valid one.
         protocol_id: What the Open Inference Protocol calls the request's id; None before it is read, or without one.
     """

@@ -25,12 +25,13 @@ def test_a_request_is_called_what_its_client_calls_it() -> None:
     assert both.labels() == {"request_id": "order-7", "trace_id": TRACE}
     assert both.header == (b"x-request-id", b"order-7")
     assert identity(traceparent=PARENT).labels() == {"request_id": TRACE, "trace_id": TRACE}
+    assert identity(x_request_id="1-5f:{a}[b]/@=+~!#'").request_id == "1-5f:{a}[b]/@=+~!#'"
     assert identity(x_request_id="x" * MAX_LENGTH).request_id == "x" * MAX_LENGTH
 
 
 @pytest.mark.parametrize(
     "given",
-    ["", "two words", "line\nbreak", "tab\t", "x" * (MAX_LENGTH + 1), "caf\xe9", "\x7f", "\x00"],
+    ["", "two words", "line\nbreak", "tab\t", "x" * (MAX_LENGTH + 1), "caf\xe9", "\x7f", "\x00", '"', "\\"],
     ids=repr,
 )
 def test_what_no_log_should_hold_is_not_taken_for_an_id(given: str) -> None:
