@@ -1,32 +1,40 @@
 """Prometheus metrics, and the only home of ``prometheus_client``.
 
-Requests are counted as they end; everything else is read from the runtime and its engine when a scrape asks.
+Requests are counted as they end. What monitors say is looked at beforehand; the rest is read when a scrape asks.
 """
 
 from __future__ import annotations
 
 import math
 import platform
+import re
 import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple, get_args
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args
 
 import torch
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar as Shown
 
 from guardserve import __version__
-from guardserve.engine import FAULTS, Engine, EngineCounts
+from guardserve.engine import Engine
 from guardserve.identity import Exemplar, Identity
 from guardserve.monitor import State, Verdict
 from guardserve.runtime import Runtime
+from guardserve.totals import Totals, Version
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+_ASKED = re.compile(r"application/openmetrics-text *(?=;|$)(?!.*; *q=0(?:\.0*)?(?:;|$))(?!.*; *version=0\.)")
 
 WORST_CHANNELS = 5
 """Channels with a series of their own, over all layers."""
@@ -71,6 +79,8 @@ class Description(NamedTuple):
     labels: tuple[str, ...]
 
 
+NONFINITE = "guardserve_nonfinite_samples_total"
+
 METRICS: dict[str, Description] = {
     "guardserve_requests_total": Description(
         "counter", "Inference requests ended, by HTTP status.", ("model", "status")
@@ -95,14 +105,19 @@ METRICS: dict[str, Description] = {
     "guardserve_faults_total": Description(
         "counter",
         "Faults met in forwards: a joint batch that failed and was run one by one, memory that did not suffice, "
-        "an error of the device, a forward that hung.",
+        "an error of the device, a forward that hung, a self-test that a model which worked did not pass.",
         ("model", "kind"),
     ),
     "guardserve_recoveries_total": Description(
         "counter", "Times that a self-test made the model ready again after a fault.", ("model",)
     ),
+    "guardserve_reloads_total": Description(
+        "counter",
+        "Times that the model was to be loaded again: done, or failed, when the old version went on.",
+        ("model", "outcome"),
+    ),
     "guardserve_samples_total": Description("counter", "Samples that the monitor has seen.", ("model",)),
-    "guardserve_nonfinite_samples_total": Description(
+    NONFINITE: Description(
         "counter",
         "Samples with NaN or infinity, by where it was met: in an input, what enters a layer, or an output.",
         ("model", "origin", "name"),
@@ -176,14 +191,17 @@ METRICS: dict[str, Description] = {
         ("model",),
     ),
     "guardserve_model_ready": Description("gauge", "1 when the model has passed its start-up probe.", ("model",)),
-    "guardserve_model_info": Description("gauge", "Always 1; what is served.", ("model", "platform", "device")),
+    "guardserve_model_info": Description(
+        "gauge", "Always 1; what is served.", ("model", "platform", "device", "model_version")
+    ),
     "guardserve_build_info": Description("gauge", "Always 1; what serves it.", ("version", "torch", "python")),
 }
 """Every metric that guardserve exports, beside the ``process_`` and ``python_`` ones of prometheus_client."""
 
 METRIC_NAMES = frozenset(METRICS)
 
-NO_ENGINE = EngineCounts(0, dict.fromkeys(FAULTS, 0), 0)
+RELOADS = ("done", "failed")
+"""Every value of the label ``outcome``."""
 
 
 class Distribution:
@@ -222,7 +240,9 @@ class Metrics:
         in_flight: Inference requests being worked on.
         requests: Inference requests ended, by status.
         errors: Those that were refused or failed, by reason.
-        engine: What runs the model's forwards, where one does.
+        reloads: Times that the model was to be loaded again, by outcome.
+        totals: Counts of the model's versions.
+        refresh: Called before a scrape, to look at the monitors anew; whoever looks regularly may put less here.
     """
 
     def __init__(self, runtime: Runtime, registry: CollectorRegistry | None = None) -> None:
@@ -237,11 +257,14 @@ class Metrics:
         self.batch = Distribution(BATCH_BUCKETS)
         self.queue = Distribution(LATENCY_BUCKETS)
         self.p_values = Distribution(P_VALUE_BUCKETS)
-        self.engine: Engine | None = None
-        self._monitor = runtime.monitor
+        self.reloads: Counter[str] = Counter(dict.fromkeys(RELOADS, 0))
+        self.totals = Totals(runtime)
+        self.refresh: Callable[[], object] = self.look
         self._taking = threading.Lock()
+        self._looking = threading.Lock()
+        self._ending = threading.Lock()
         self.registry.register(RequestCollector(runtime.name, self))
-        self.registry.register(RuntimeCollector(runtime))
+        self.registry.register(RuntimeCollector(self))
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
@@ -262,22 +285,38 @@ class Metrics:
             self.errors[reason] += 1
 
     def forward_ended(self, rows: int, seconds: float) -> None:
-        """Count a forward of ``rows`` samples."""
-        self.forward.observe(seconds)
-        self.batch.observe(rows)
+        """Count a forward of ``rows`` samples, from any thread."""
+        with self._ending:
+            self.forward.observe(seconds)
+            self.batch.observe(rows)
+
+    def follow(self, runtime: Runtime, engine: Engine, version: str) -> None:
+        """Show what a version of the model counts, from now on the one that answers requests."""
+        self.totals.follow(Version(runtime, engine, version))
+
+    def leave(self, runtime: Runtime) -> None:
+        """Look at a version for the last time: it has ended."""
+        self.take_p_values()
+        self.totals.leave(runtime)
 
     def take_p_values(self) -> None:
-        """Count the samples that the monitor has judged since the last call, from any thread; nobody else may drain."""
+        """Count the samples that monitors have judged since the last call, from any thread; nobody else may drain."""
         with self._taking:
-            if self._monitor.reference is None:
-                return
-            for value in self._monitor.scores():
-                if not math.isnan(value):  # a sample that could not be judged
-                    self.p_values.observe(value)
+            for version in self.totals.versions:
+                monitor = version.runtime.monitor
+                for value in [] if monitor.reference is None else monitor.scores():
+                    if not math.isnan(value):  # a sample that could not be judged
+                        self.p_values.observe(value)
 
-    def render(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+    def look(self) -> None:
+        """Ask the monitors what they make of what they have seen: scrapes show it until the next look."""
+        with self._looking:  # an older look that came later would put counters back
+            self.take_p_values()
+            self.totals.look()
+
+    def render(self, content_type: str = CONTENT_TYPE) -> bytes:
+        """Return all metrics in Prometheus' text format, or with exemplars as :data:`OPENMETRICS`."""
+        return (openmetrics.generate_latest if content_type == OPENMETRICS else generate_latest)(self.registry)
 
 
 class RequestCollector(Collector):
@@ -294,7 +333,7 @@ class RequestCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics as they are now."""
         metrics, model = self._metrics, self._model
-        counts = NO_ENGINE if metrics.engine is None else metrics.engine.counts
+        waiting = sum(version.counts.waiting for version in metrics.totals.versions)
         requests = sorted(metrics.requests.copy().items())
         yield _family("guardserve_requests_total", [((model, str(status)), n) for status, n in requests])
         yield _family(
@@ -304,19 +343,16 @@ class RequestCollector(Collector):
         yield _histogram("guardserve_request_duration_seconds", model, metrics.duration)
         yield _histogram("guardserve_forward_duration_seconds", model, metrics.forward)
         yield _histogram("guardserve_batch_size", model, metrics.batch)
-        yield _family("guardserve_queue_size", [((model,), counts.waiting)])
+        yield _family("guardserve_queue_size", [((model,), waiting)])
         yield _histogram("guardserve_queue_duration_seconds", model, metrics.queue)
-        metrics.take_p_values()
-        yield _histogram("guardserve_shift_p_value", model, metrics.p_values)
-        yield _family("guardserve_faults_total", [((model, kind), counts.faults[kind]) for kind in FAULTS])
-        yield _family("guardserve_recoveries_total", [((model,), counts.recoveries)])
+        yield _family("guardserve_reloads_total", [((model, outcome), metrics.reloads[outcome]) for outcome in RELOADS])
 
 
 class RuntimeCollector(Collector):
-    """Reads a runtime's state at scrape time."""
+    """Reads at scrape time how the version that answers requests is, and what all of them have counted."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
 
     def describe(self) -> Iterator[Metric]:
         """Describe nothing, so that registering does not read the runtime."""
@@ -324,28 +360,28 @@ class RuntimeCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics as they are now."""
-        runtime = self._runtime
-        model = runtime.name
-        monitor = runtime.monitor
-        (samples, nonfinite), verdict = monitor.counts(), monitor.verdict()
+        self._metrics.refresh()
+        totals = self._metrics.totals
+        runtime, _, version = totals.versions[-1]
+        model, monitor = runtime.name, runtime.monitor
+        verdict, _, _, unobservable = totals.seen(runtime)
+        yield _histogram("guardserve_shift_p_value", model, self._metrics.p_values)
+        shown: dict[tuple[str, ...], Shown] = {
+            (model, *key): _shown(exemplar) for key, exemplar in runtime.nonfinite_exemplars.copy().items()
+        }
+        for name, series in totals.read().items():
+            yield _family(name, list(series.items()), shown if name == NONFINITE else {})
         yield _family("guardserve_build_info", [((__version__, torch.__version__, platform.python_version()), 1)])
-        yield _family("guardserve_model_info", [((model, runtime.platform, str(runtime.device)), 1)])
+        yield _family("guardserve_model_info", [((model, runtime.platform, str(runtime.device), version), 1)])
         yield _family("guardserve_model_ready", [((model,), runtime.failure is None)])
-        counts = runtime.guard.counts
-        kinds = ("training_on_entry", "training_during_forward", "buffers_changed", "hazards")
-        yield _family("guardserve_guard_violations_total", [((model, kind), counts[kind]) for kind in kinds])
         observed = [((model, "true"), len(monitor.layers)), ((model, "false"), len(monitor.unobserved))]
         yield _family("guardserve_batchnorm_layers", observed)
-        unobservable = sum(monitor.unobservable_channels.values())
         yield _family("guardserve_unobservable_channels", [((model,), unobservable)])
-        yield _family("guardserve_samples_total", [((model,), samples)])
-        yield _family("guardserve_nonfinite_samples_total", list(_nonfinite(runtime, nonfinite)))
         yield _family("guardserve_shift_threshold", [((model,), monitor.threshold)])
         states = [((model, state), state == verdict.state) for state in get_args(State)]
         yield _family("guardserve_shift_state", states)
         lead = [((model, verdict.layer), 1)] if verdict.state == "shifted" and verdict.layer is not None else []
         yield _family("guardserve_shift_lead_layer", lead)
-        yield _family("guardserve_shift_alarms_total", [((model,), verdict.alarms)])
         if verdict.evidence is not None and verdict.evidence_threshold is not None:
             yield _family("guardserve_shift_evidence", [((model,), verdict.evidence)])
             yield _family("guardserve_shift_evidence_threshold", [((model,), verdict.evidence_threshold)])
@@ -354,8 +390,6 @@ class RuntimeCollector(Collector):
             yield _family("guardserve_reference_info", [(labels, 1)])
         if monitor.share is not None:
             yield _family("guardserve_monitor_share", [((model,), monitor.share)])
-        failures = 0 if runtime.keeper is None else runtime.keeper.failures
-        yield _family("guardserve_state_save_failures_total", [((model,), failures)])
         yield from _shift(model, verdict)
 
 
@@ -377,27 +411,35 @@ def _shift(model: str, verdict: Verdict) -> Iterator[Metric]:
     )
 
 
-def _nonfinite(runtime: Runtime, seen: Mapping[str, int]) -> Iterator[Row]:
-    """Count by origin; what can count is there from the start, at 0."""
-    for origin, specs in (("input", runtime.signature.inputs), ("output", runtime.signature.outputs)):
-        for spec in specs:
-            yield (runtime.name, origin, spec.name), runtime.nonfinite[origin, spec.name]
-    for layer in runtime.monitor.layers:
-        yield (runtime.name, "activation", layer), seen.get(layer, 0)
+def negotiated(accept: str) -> str:
+    """Return the content type of a scrape, given its ``Accept`` header: OpenMetrics if that is named, else text."""
+    return OPENMETRICS if any(_ASKED.match(part.strip()) for part in accept.split(",")) else CONTENT_TYPE
 
 
-def _family(name: str, rows: Sequence[Row]) -> Metric:
+def _shown(exemplar: Exemplar) -> Shown:
+    """Write an exemplar: with ids of bounded length, as OpenMetrics allows its labels 128 characters."""
+    identity, value, at = exemplar
+    labels = {"request_id": identity.request_id}
+    return Shown(labels if identity.trace_id is None else {**labels, "trace_id": identity.trace_id}, value, at)
+
+
+def _family(
+    name: str, rows: Sequence[Row], exemplars: Mapping[tuple[str, ...], Shown] = MappingProxyType({})
+) -> Metric:
     kind, text, labels = METRICS[name]
     family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
-    metric = family(name, text, labels=labels)
+    metric: Any = family(name, text, labels=labels)
     for values, value in rows:
-        metric.add_metric(values, value)
-    return metric
+        exemplar = exemplars.get(values)
+        metric.add_metric(values, value, **({} if exemplar is None else {"exemplar": exemplar}))
+    return metric  # type: ignore[no-any-return]
 
 
 def _histogram(name: str, model: str, distribution: Distribution) -> Metric:
     _, text, labels = METRICS[name]
     family = HistogramMetricFamily(name, text, labels=labels)
     bounds = [*(repr(float(bound)) for bound in distribution.bounds), "+Inf"]
-    family.add_metric((model,), list(zip(bounds, accumulate(distribution.counts), strict=True)), distribution.sum)
+    exemplars = [None if exemplar is None else _shown(exemplar) for exemplar in distribution.exemplars]
+    buckets: Any = list(zip(bounds, accumulate(distribution.counts), exemplars, strict=True))
+    family.add_metric((model,), buckets, distribution.sum)
     return family

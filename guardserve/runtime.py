@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from guardserve.audit.report import Finding
 from guardserve.exceptions import GuardserveError, InputError, NonFiniteOutputError, SettingsError
+from guardserve.fingerprints import fingerprint
 from guardserve.fusion import check_fused, fuse, fusion_report
 from guardserve.guard import EvalGuard, HazardPolicy
 from guardserve.identity import Exemplar, current
@@ -76,9 +78,11 @@ class Runtime:
         learn: Without a reference, samples served first that one is made of; see :meth:`Monitor.learn`.
         learned: File to save that to.
         state: File that the detector's memory is loaded from, if it is there, and saved to every minute.
+        resume: Whether it is loaded; otherwise what the file holds is of no use, and is replaced.
         monitor_values: Values that the monitor reads of each sample at each layer, about; None is all.
         monitor_budget: Share of a forward's time that the monitor may take.
         compile_for: Compile the model, for batches of up to so many rows; None to run it as it is.
+        findings: What the audit found in the model.
 
     Raises:
         TrainingModeError: If eval mode cannot fix the model and ``on_hazard`` is ``"raise"``.
@@ -87,6 +91,8 @@ class Runtime:
         SettingsError: If the model cannot be compiled here.
 
     Attributes:
+        fingerprint: What tells its weights and its code from others: see :func:`guardserve.fingerprints.fingerprint`.
+        findings: What the audit found in it.
         failure: Why the model is not ready; None when it is.
         failing: Whether that is a fault met since it started, which may pass: see :meth:`fail`.
         signature: Its inputs, and once it has started its outputs.
@@ -113,11 +119,15 @@ class Runtime:
         learn: int | None = None,
         learned: Path | None = None,
         state: Path | None = None,
+        resume: bool = True,
         monitor_values: int | None = VALUES,
         monitor_budget: float | None = None,
         compile_for: int | None = None,
+        findings: Sequence[Finding] = (),
     ) -> None:
         self.name = loaded.name
+        self.fingerprint = fingerprint(loaded.module)
+        self.findings = findings
         self.platform = loaded.platform
         self.device = loaded.device
         self.signature = Signature(loaded.inputs)
@@ -141,12 +151,14 @@ class Runtime:
         )
         self.target_arl = target_arl
         self.keeper = None if state is None else StateKeeper(self.monitor, state)
-        self._state, self._learn, self._learned = state, learn if reference is None else None, learned
+        self._state = state if resume else None
+        self._learn, self._learned = learn if reference is None else None, learned
         self._resume()
         self.nonfinite: Counter[tuple[str, str]] = Counter()
         self.nonfinite_exemplars: dict[tuple[str, str], Exemplar] = {}
         self._counting = threading.Lock()
         self._held = False
+        self._known_good: dict[str, torch.Tensor] | None = None
 
     @property
     def static_batch(self) -> int | None:
@@ -171,6 +183,7 @@ class Runtime:
                 self._held = True
             self.signature = Signature(self.signature.inputs, self._probe())
             self._warm_up()
+            self._known_good = self._reproducible()
         except Exception as error:
             self.failure = f"the start-up probe failed: {error}"
             raise ProbeError(self.failure) from error
@@ -184,12 +197,16 @@ class Runtime:
         for layer, reason in self.monitor.unobserved.items():
             _log.warning("BatchNorm layer %s is not monitored: %s", layer, reason)
 
-    def close(self) -> None:
-        """Let go of the model: remove every hook and give every module its own flag back."""
+    def close(self, *, save: bool = True) -> None:
+        """Let go of the model: remove every hook and give every module its own flag back.
+
+        Args:
+            save: Whether the detector's memory is saved a last time; another may have it in its place by now.
+        """
         self.failure, self.failing = "the model has been closed", False
         self.monitor.close()
         if self.keeper is not None:
-            self.keeper.close()
+            self.keeper.close(save=save)
         try:
             if self._held:
                 self._held = False
@@ -282,16 +299,32 @@ class Runtime:
             self.failure, self.failing = None, False
 
     def self_test(self) -> None:
-        """Pass an example through the model, unseen by the monitor.
+        """Pass an example through the model, unseen by the monitor, and compare what it gives with what it gave.
 
         Raises:
-            ProbeError: If the forward raises, or an output is non-finite or cannot be served.
+            ProbeError: If the forward raises, an output is non-finite, cannot be served, or is not what it was when
+                the model started, beyond rounding.
         """
         try:
             with unmonitored():
-                self._probe_forward(1, PROBE_SIZE)
+                outputs = self._probe_forward(1, PROBE_SIZE)
         except Exception as error:
             raise ProbeError(f"the self-test failed: {error}") from error
+        for name, expected in (self._known_good or {}).items():
+            if name not in outputs or not _close(outputs[name], expected):
+                raise ProbeError(
+                    f"the self-test failed: {name} of a known example is not what it was when the model started, so "
+                    "its weights or the device have changed: load the model again"
+                )
+
+    def _reproducible(self) -> dict[str, torch.Tensor] | None:
+        """Return what the example of the self-test gives; None where it does not give the same twice."""
+        with unmonitored():
+            first, second = (self._probe_forward(1, PROBE_SIZE) for _ in range(2))
+        if first.keys() == second.keys() and all(_close(second[name], tensor) for name, tensor in first.items()):
+            return first
+        _log.warning("%s answers the same input differently: self-tests look for finite outputs only", self.name)
+        return None
 
     def _warm_up(self) -> None:
         """Show the compiler the batch sizes that it makes code of its own for: one, and more, up to the most."""

@@ -112,6 +112,12 @@ class ServeSettings(BaseSettings):
     forward_timeout: float | None = Field(
         60.0, gt=0, description="Seconds after which a forward counts as hanging: 504, and not ready until it recovers."
     )
+    self_test_interval: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds between two self-tests of a model that works, each a forward of one known example: not "
+        "ready until it gives what it gave at the start. 0 for none.",
+    )
     shift_window: int = Field(256, ge=1, description="Samples in the recent window that the shift score judges.")
     shift_min_samples: int = Field(64, ge=1, description="Samples that the window must hold before it is judged.")
     shift_threshold: float = Field(

@@ -7,9 +7,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from guardserve.metrics import Metrics
 from guardserve.monitor import Verdict
 from guardserve.runtime import Runtime
 from guardserve.traffic import Traffic
@@ -18,6 +19,9 @@ _log = logging.getLogger(__name__)
 
 LOOK_INTERVAL = 2.0
 """Seconds between two looks."""
+
+PATIENCE = 0.025
+"""Seconds that a scrape waits for a look of its own; where that takes longer, it shows what the last one saw."""
 
 TIERS = (LOOK_INTERVAL, 60.0)
 """Seconds that one point of each memory stands for."""
@@ -43,7 +47,7 @@ class Event:
 
     Attributes:
         at: When it was noticed, in seconds since the epoch.
-        kind: ``"ready"``, ``"state"``, ``"alarm"``, ``"nonfinite"`` or ``"failures"``.
+        kind: ``"ready"``, ``"state"``, ``"alarm"``, ``"nonfinite"``, ``"failures"`` or ``"version"``.
         level: ``"good"``, ``"watch"`` or ``"bad"``.
         text: What changed, in words.
     """
@@ -117,13 +121,22 @@ class Memory:
         self._traffic, self._since, self._level, self._layers = traffic, at, None, {}
 
 
+def even_clock() -> Callable[[], float]:
+    """Return a clock that begins with the time of day and then goes on evenly, whatever is done to that."""
+    offset = time.time() - time.monotonic()
+    return lambda: offset + time.monotonic()
+
+
 class Watch:
     """Looks at a runtime, in a thread of its own from :meth:`start` to :meth:`close`.
 
+    What the page, the log and the metrics say of the monitor is what it saw: none of them asks by itself, or waits for
+    one that is busy.
+
     Args:
         runtime: The served model.
-        traffic: Tells the requests so far.
-        clock: Seconds since the epoch.
+        metrics: Tell the requests so far, and show what it saw.
+        clock: Seconds since the epoch; by default those of :func:`even_clock`.
 
     Attributes:
         verdict: What the monitor said at the last look.
@@ -138,15 +151,14 @@ class Watch:
         failing_since: Since when that share is 5 % or more; None when it is not.
     """
 
-    def __init__(
-        self, runtime: Runtime, traffic: Callable[[], Traffic], clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, runtime: Runtime, metrics: Metrics, clock: Callable[[], float] | None = None) -> None:
         self.runtime = runtime
-        self._traffic = traffic
-        self._clock = clock
-        self.started_at = self.since = self.looked_at = clock()
+        self._metrics = metrics
+        self._clock = clock or even_clock()
+        self.started_at = self.since = self.looked_at = self._clock()
         self.failure = runtime.failure
-        self.verdict: Verdict = runtime.monitor.verdict()
+        metrics.look()
+        self.verdict: Verdict = metrics.totals.seen(runtime).verdict
         self.events: deque[Event] = deque(maxlen=EVENTS)
         self.memories = tuple(Memory(interval) for interval in TIERS)
         self.nonfinite_at: float | None = None
@@ -154,51 +166,98 @@ class Watch:
         self._nonfinite = 0
         self.failing: float | None = None
         self.failing_since: float | None = None
-        self._minute = deque([traffic()], maxlen=round(60 / LOOK_INTERVAL) + 1)
-        self._stop = threading.Event()
+        self._minute = deque([Traffic.of(metrics)], maxlen=round(60 / LOOK_INTERVAL) + 1)
+        self._looking = threading.Lock()
+        self._turn = threading.Condition()
+        self._stopping = self._asked = False
+        self._begun = self._ended = 0
+        self._seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="guardserve-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Begin to look, also for scrapes."""
+        self._metrics.refresh = self.refresh
         self._thread.start()
 
     def close(self) -> None:
         """Look a last time, and stop."""
-        self._stop.set()
+        with self._turn:
+            self._stopping = True
+            self._turn.notify_all()
         if self._thread.is_alive():
             self._thread.join()
 
+    def refresh(self) -> None:
+        """Have the metrics show what the monitor says now, if it says so soon; return soon in any case."""
+        if self._seconds > PATIENCE:
+            return
+        with self._turn:
+            wanted = self._begun + 1
+            self._asked = True
+            self._turn.notify_all()
+            self._turn.wait_for(lambda: self._ended >= wanted, PATIENCE)
+
     def look(self) -> None:
         """Take one look."""
-        now, verdict, failure = self._clock(), self.runtime.monitor.verdict(), self.runtime.failure
-        traffic = self._traffic()
-        for event in [
-            *self._readiness(now, failure),
-            *self._shift(now, verdict),
-            *self._nonfinite_outputs(now),
-            *self._failures(now, traffic),
-        ]:
-            self.events.append(event)
-            _log.log(
-                LEVEL[event.level],
-                "%s: %s",
-                self.runtime.name,
-                event.text,
-                extra={"event": event.kind, "model": self.runtime.name},
-            )
+        with self._looking:
+            self._look()
+
+    def follow(self, runtime: Runtime) -> None:
+        """Look at another version of the model from now on, with what is remembered of the last one."""
+        with self._looking:
+            now = self._clock()
+            events = [Event(now, "version", "good", f"version {runtime.fingerprint} answers")]
+            events += self._readiness(now, runtime.failure)
+            self.runtime, self.failure, self.since = runtime, runtime.failure, now
+            self._metrics.look()
+            self.verdict = self._metrics.totals.seen(runtime).verdict
+            self._nonfinite = _nonfinite_outputs(runtime)
+            self._tell(events)
+
+    def _look(self) -> None:
+        self._metrics.look()
+        now, verdict, failure = self._clock(), self._metrics.totals.seen(self.runtime).verdict, self.runtime.failure
+        traffic = Traffic.of(self._metrics)
+        self._tell(
+            [
+                *self._readiness(now, failure),
+                *self._shift(now, verdict),
+                *self._nonfinite_outputs(now),
+                *self._failures(now, traffic),
+            ]
+        )
         self.verdict, self.failure, self.looked_at = verdict, failure, now
         layers = {layer.name: layer.wasserstein2 for layer in verdict.window.layers if verdict.score is not None}
         for memory in self.memories:
             memory.add(now, alarm_level(verdict), layers, traffic)
 
+    def _tell(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self.events.append(event)
+            extra = {"event": event.kind, "model": self.runtime.name}
+            _log.log(LEVEL[event.level], "%s: %s", self.runtime.name, event.text, extra=extra)
+
     def _run(self) -> None:
+        due = time.monotonic() + LOOK_INTERVAL
         while True:
-            stopped = self._stop.wait(LOOK_INTERVAL)
+            with self._turn:
+                self._turn.wait_for(lambda: self._asked or self._stopping, max(0.0, due - time.monotonic()))
+                stopping, self._asked = self._stopping, False
+                self._begun += 1
+            began = time.monotonic()
             try:
-                self.look()
+                if stopping or began >= due:
+                    due = began + LOOK_INTERVAL
+                    self.look()
+                else:  # what is remembered goes by time, and is not for scrapes to make more of
+                    self._metrics.look()
             except Exception:  # noqa: BLE001 - one look that failed is no reason to go blind
                 _log.exception("the watch could not look at %s", self.runtime.name)
-            if stopped:
+            self._seconds = time.monotonic() - began
+            with self._turn:
+                self._ended = self._begun
+                self._turn.notify_all()
+            if stopping:
                 return
 
     def _readiness(self, now: float, failure: str | None) -> Iterator[Event]:
@@ -222,8 +281,7 @@ class Watch:
                 yield Event(now, "state", level, f"the monitor's state went from {last.state} to {verdict.state}")
 
     def _nonfinite_outputs(self, now: float) -> Iterator[Event]:
-        counts = self.runtime.nonfinite.copy()
-        total = sum(count for (origin, _), count in counts.items() if origin == "output")
+        total = _nonfinite_outputs(self.runtime)
         if total > self._nonfinite:
             if self.nonfinite_at is None or now - self.nonfinite_at > RECENT:
                 self.nonfinite_since = now
@@ -240,6 +298,10 @@ class Watch:
         elif self.failing_since is None:
             self.failing_since = now
             yield Event(now, "failures", "bad", f"{ended.failed} of the last minute's {ended.requests} requests failed")
+
+
+def _nonfinite_outputs(runtime: Runtime) -> int:
+    return sum(count for (origin, _), count in runtime.nonfinite.copy().items() if origin == "output")
 
 
 def alarm_level(verdict: Verdict) -> float | None:

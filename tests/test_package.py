@@ -17,7 +17,7 @@ ROOT = Path(guardserve.__file__).parent
 # from the ground up; rooms of one level do not import each other
 LEVELS = (
     {"exceptions"},
-    {"signature", "batchnorm", "stats", "nonfinite", "identity"},
+    {"signature", "batchnorm", "stats", "nonfinite", "identity", "fingerprints"},
     {"graphs"},
     {"modes", "buffers", "decoration", "gradients", "outputs"},
     {"tracing"},
@@ -25,6 +25,7 @@ LEVELS = (
     {"audit"},
     {"runtime"},
     {"engine"},
+    {"totals"},
     {"metrics"},
     {"traffic"},
     {"watch"},

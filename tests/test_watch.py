@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
-from serving import loaded
+from serving import loaded, wait_until
 from torch import nn
 
 from guardserve.metrics import LATENCY_BUCKETS, Metrics
 from guardserve.monitor import Monitor
 from guardserve.runtime import Runtime
 from guardserve.traffic import Traffic
-from guardserve.watch import EVENTS, POINTS, TIERS, Watch, alarm_level
+from guardserve.watch import EVENTS, PATIENCE, POINTS, TIERS, Watch, alarm_level
 
 
 class Clock:
@@ -34,7 +35,7 @@ def watching(module: nn.Module) -> Iterator[tuple[Watch, Metrics, Clock]]:
     """Watch a started runtime, look by look."""
     runtime = Runtime(loaded(module), shift_window=64, shift_min_samples=16)
     metrics, clock = Metrics(runtime), Clock()
-    watch = Watch(runtime, lambda: Traffic.of(metrics), clock)
+    watch = Watch(runtime, metrics, clock)
     runtime.start()
     try:
         yield watch, metrics, clock
@@ -186,6 +187,67 @@ def test_it_forgets_in_time() -> None:
             look(watch, clock, 400 if i % 2 else 2)
     assert [len(memory.points) for memory in watch.memories] == [POINTS, POINTS]
     assert len(watch.events) == EVENTS
+
+
+def samples_shown(metrics: Metrics) -> float:
+    """Scrape, and read how many samples the monitor has seen."""
+    (line,) = [line for line in metrics.render().splitlines() if line.startswith(b"guardserve_samples_total{")]
+    return float(line.rsplit(b" ", 1)[1])
+
+
+def test_a_scrape_shows_what_is_so_now_and_is_remembered_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks it has one of its own, which makes neither points nor events."""
+    monkeypatch.setattr("guardserve.watch.LOOK_INTERVAL", 1000.0)
+    monkeypatch.setattr("guardserve.watch.PATIENCE", 30.0)
+    with watching(network()) as (watch, metrics, clock):
+        watch.start()
+        for batch in range(1, 4):
+            clock.now += 10
+            watch.runtime.guard(torch.randn(64, 3) + 4)
+            assert samples_shown(metrics) == 64 * batch
+        assert watch.verdict.samples == 0
+        assert [list(memory.points) for memory in watch.memories] == [[], []]
+        assert not watch.events
+        watch.close()
+        assert watch.verdict.samples == 64 * 3, "the last look"
+        assert "alarm" in [event.kind for event in watch.events]
+
+
+def test_a_scrape_does_not_wait_for_a_monitor_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows the last look; and so do those after it, until a look is quick again."""
+    monkeypatch.setattr("guardserve.watch.LOOK_INTERVAL", 0.1)
+    with watching(network()) as (watch, metrics, _):
+        watch.start()
+        watch.runtime.guard(torch.randn(64, 3))
+        wait_until(lambda: samples_shown(metrics) == 64)
+        with watch.runtime.monitor._lock:
+            watch.runtime.guard(torch.randn(8, 3))
+            time.sleep(0.2)  # it is being looked at
+            assert [samples_shown(metrics) for _ in range(3)] == [64] * 3
+        wait_until(lambda: samples_shown(metrics) == 72)
+        watch.close()
+
+
+def test_a_look_that_takes_long_is_not_asked_for_by_scrapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could not wait for it, and it would be made again and again for nobody."""
+    looks = []
+    with watching(network()) as (watch, metrics, _):
+        look = metrics.look
+
+        def slow() -> None:
+            looks.append(time.monotonic())
+            time.sleep(2 * PATIENCE)
+            look()
+
+        monkeypatch.setattr(metrics, "look", slow)
+        watch.start()
+        samples_shown(metrics)
+        wait_until(lambda: watch._seconds > PATIENCE)
+        before = len(looks)
+        for _ in range(20):
+            samples_shown(metrics)
+        assert len(looks) <= before + 1, "that of the watch itself"
+        watch.close()
 
 
 def test_a_look_that_fails_is_logged_and_not_the_last(

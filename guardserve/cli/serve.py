@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 from contextlib import nullcontext
@@ -16,8 +17,7 @@ from starlette.types import ASGIApp
 
 from guardserve.audit import audit
 from guardserve.cli.options import Command, given, load, settings_options
-from guardserve.exceptions import GuardserveError, SettingsError
-from guardserve.loading import LoadedModel
+from guardserve.exceptions import GuardserveError, ReferenceMismatchError, SettingsError
 from guardserve.logs import configure_logs
 from guardserve.monitor import ReferenceProfile
 from guardserve.rpc import RpcServer
@@ -65,18 +65,15 @@ def serve(model: str, **options: Any) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     access = _access(settings)
-    loaded = load(model, settings, name=settings.name, image_preprocessing=settings.image_preprocessing)
-    findings = audit(loaded.module, ignore=["BN001"]).findings  # the guard holds it in eval mode, whatever it says
-    reference, learned = _reference(settings)
     app = create_app(
-        _runtime(settings, loaded, reference, learned),
+        _runtime(settings, model),
         model_version=settings.model_version,
         limits=Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)}),
         access=access,
         on_nonfinite=settings.on_nonfinite,
-        shift_policy=_shift_policy(settings, reference),
+        shift_policy=ShiftPolicy(settings.shift_policy, settings.shift_p_threshold),
         shutdown_timeout=settings.shutdown_timeout,
-        findings=findings,
+        load=functools.partial(_again, settings, model),
     )
     # what is there now stays: looking through all of torch for garbage again and again would hold requests up
     gc.collect()
@@ -84,10 +81,24 @@ def serve(model: str, **options: Any) -> None:
     _run(settings, app)
 
 
-def _runtime(
-    settings: ServeSettings, loaded: LoadedModel, reference: ReferenceProfile | None, learned: Path | None
-) -> Runtime:
-    """Put the model behind its safeguards."""
+def _runtime(settings: ServeSettings, model: str, served: Runtime | None = None) -> Runtime:
+    """Load the model, and put it behind its safeguards.
+
+    Args:
+        settings: How.
+        model: What to load.
+        served: The version of it that is served, if it is loaded again.
+    """
+    loaded = load(
+        model,
+        settings,
+        name=settings.name,
+        image_preprocessing=settings.image_preprocessing,
+        beside=None if served is None else served.guard.module,
+    )
+    findings = audit(loaded.module, ignore=["BN001"]).findings  # the guard holds it in eval mode, whatever it says
+    reference, learned = _reference(settings)
+    _check_threshold(settings, reference)
     return Runtime(
         fuse_loaded(loaded) if settings.fuse else loaded,
         on_hazard=settings.on_hazard,
@@ -99,10 +110,30 @@ def _runtime(
         learn=settings.reference_from_traffic,
         learned=learned,
         state=settings.state,
+        resume=served is None or _is_judged_by(served, reference),
         monitor_values=None if settings.monitor_values == "all" else settings.monitor_values,
         monitor_budget=settings.monitor_budget,
         compile_for=settings.max_batch_size if settings.compile else None,
+        findings=findings,
     )
+
+
+def _again(settings: ServeSettings, model: str, served: Runtime) -> Runtime:
+    """Load the model again; its detector goes on where that of the served version is, if it has the same profile."""
+    if served.keeper is not None:
+        served.keeper.save()
+    try:
+        runtime = _runtime(settings, model, served)
+    except ReferenceMismatchError as error:
+        raise ReferenceMismatchError(f"{error}, put it in the old one's place, and load the model again") from error
+    gc.collect()
+    gc.freeze()
+    return runtime
+
+
+def _is_judged_by(served: Runtime, reference: ReferenceProfile | None) -> bool:
+    profile = served.monitor.reference
+    return profile is not None and reference is not None and profile.digest == reference.digest
 
 
 def _run(settings: ServeSettings, app: Service) -> None:
@@ -135,10 +166,9 @@ def _rpc(settings: ServeSettings, served: ASGIApp, app: Service) -> RpcServer | 
     if settings.grpc_port is None:
         return None
     certificate = None if settings.ssl_certfile is None else (settings.ssl_certfile, settings.ssl_keyfile)
-    _, gateway = app.inference
     return RpcServer(
         served,
-        gateway,
+        app.gateway,
         settings.host,
         settings.grpc_port,
         max_message_size=settings.max_body_size,
@@ -159,7 +189,7 @@ def _reference(settings: ServeSettings) -> tuple[ReferenceProfile | None, Path |
     return None if path is None else ReferenceProfile.load(path), None
 
 
-def _shift_policy(settings: ServeSettings, reference: ReferenceProfile | None) -> ShiftPolicy:
+def _check_threshold(settings: ServeSettings, reference: ReferenceProfile | None) -> None:
     """Refuse a threshold that the p-values of so few reference samples cannot reach."""
     samples = (settings.reference_from_traffic or 0) if reference is None else len(reference.scores)
     threshold = settings.shift_p_threshold
@@ -168,7 +198,6 @@ def _shift_policy(settings: ServeSettings, reference: ReferenceProfile | None) -
             f"--shift-p-threshold {threshold:g} cannot be reached: {samples} reference samples give p-values from "
             f"{1 / (samples + 1):.2g} on; give {math.ceil(1 / threshold) - 1} samples or more, or a larger threshold"
         )
-    return ShiftPolicy(settings.shift_policy, threshold)
 
 
 def _access(settings: ServeSettings) -> Access:

@@ -17,7 +17,7 @@ from guardserve.runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
-FAULTS = ("batch_retry", "out_of_memory", "device_error", "hang")
+FAULTS = ("batch_retry", "out_of_memory", "device_error", "hang", "self_test")
 """Every kind of fault that the engine counts."""
 
 MAX_ABANDONED = 2
@@ -30,6 +30,7 @@ CLOSE_INTERVAL = 0.1
 """Seconds between two looks at a worker that finishes."""
 
 Deliver = Callable[[Sequence[Job]], object]
+OnStarted = Callable[[GuardserveError | None], object]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Engine:
     """Runs a model's requests on one worker thread, in batches of what is there at once.
 
     After a fault that may outlast the request which met it (a hanging forward, memory that did not suffice, an error
-    of the device) the model is not ready until a self-test passes, which the worker tries every second.
+    of the device) the model is not ready until a self-test passes, which the worker tries every second. A model that
+    works is tested between its batches every so often; not to pass is such a fault too.
 
     Args:
         runtime: The model.
@@ -61,6 +63,7 @@ class Engine:
         max_queue_delay: Seconds that a request may wait for others to fill its batch when the worker is idle.
         forward_timeout: Seconds after which a forward counts as hanging: its requests fail, and another thread takes
             the worker's place. None waits for ever.
+        self_test_interval: Seconds between two self-tests of a model that works; 0 for none.
         forward_ended: Called after each forward with its rows and its seconds.
     """
 
@@ -73,11 +76,14 @@ class Engine:
         max_queue_size: int = 256,
         max_queue_delay: float = 0.0,
         forward_timeout: float | None = None,
+        self_test_interval: float = 0.0,
         forward_ended: Callable[[int, float], object] = lambda _rows, _seconds: None,
     ) -> None:
         self._runtime = runtime
         self._deliver = deliver
         self._forward_timeout = forward_timeout
+        self._self_test_interval = self_test_interval
+        self._tested_at = time.monotonic()
         self._forward_ended = forward_ended
         self._queue = JobQueue(max_queue_size, max_batch_size, max_queue_delay)
         self._faults: Counter[str] = Counter()
@@ -95,11 +101,11 @@ class Engine:
             faults = {kind: self._faults[kind] for kind in FAULTS}
         return EngineCounts(len(self._queue), faults, self._recoveries)
 
-    def start(self, on_started: Callable[[], object] = lambda: None) -> None:
+    def start(self, on_started: OnStarted = lambda _: None) -> None:
         """Start the worker, which first passes the start-up probe through the model.
 
         Args:
-            on_started: Called on the worker's thread after the probe, passed or not: ``runtime.failure`` tells.
+            on_started: Called on the worker's thread after the probe, with why the model did not pass it, if so.
         """
         self._worker = Worker(self)
         self._worker.start(on_started)
@@ -145,30 +151,46 @@ class Engine:
 
     def next_batch(self) -> list[Job] | None:
         """Wait for the worker's next batch; none when it is time for a self-test, None when there will be no more."""
-        timeout = RETEST_INTERVAL if self._runtime.failing else -1
+        timeout = -1.0
+        if self._runtime.failing:
+            timeout = RETEST_INTERVAL
+        elif self._self_test_interval:
+            timeout = self._tested_at + self._self_test_interval - time.monotonic()
+            if timeout <= 0:  # however many requests wait
+                return []
         return self._queue.take(join=self._runtime.apart is None, timeout=timeout)
 
-    def begin_model(self) -> None:
-        """Pass the start-up probe through the model; a failure is logged, and readiness says no."""
+    def begin_model(self) -> GuardserveError | None:
+        """Pass the start-up probe through the model; return why it did not pass, in which case it is not ready."""
         try:
             self._runtime.start()
         except GuardserveError as error:
-            _log.error("%s is not ready: %s", self._runtime.name, error, exc_info=error.__cause__)
-        else:
-            _log.info("%s is ready", self._runtime.name)
+            return error
+        finally:
+            self._tested_at = time.monotonic()
+        return None
 
-    def retest(self) -> None:
-        """Make the model ready again if it passes a self-test."""
-        if not self._runtime.failing:
+    def test(self) -> None:
+        """Have the model pass a self-test: it makes one that has failed ready again, and one that worked unready."""
+        runtime, failing = self._runtime, self._runtime.failing
+        if runtime.failure is not None and not failing:
             return
         try:
-            self._runtime.self_test()
+            runtime.self_test()
         except GuardserveError as error:
-            _log.warning("%s is still not ready: %s", self._runtime.name, error)
+            if failing:
+                _log.warning("%s is still not ready: %s", runtime.name, error)
+            else:
+                self.count("self_test")
+                _log.error("%s is not ready until it passes: %s", runtime.name, error, exc_info=error.__cause__)
+                runtime.fail(str(error))
         else:
-            self._runtime.recover()
-            self._recoveries += 1
-            _log.warning("%s is ready again", self._runtime.name)
+            if failing:
+                runtime.recover()
+                self._recoveries += 1
+                _log.warning("%s is ready again", runtime.name)
+        finally:
+            self._tested_at = time.monotonic()
 
     def count(self, fault: str) -> None:
         """Count a fault."""
@@ -263,7 +285,7 @@ class Worker:
         """Whether its thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, on_started: Callable[[], object] | None) -> None:
+    def start(self, on_started: OnStarted | None) -> None:
         """Start the thread; with a callback it starts the model first."""
         # a daemon: a forward that hangs must not keep the process from ending
         self._thread = threading.Thread(target=self._run, args=(on_started,), name="guardserve-forward", daemon=True)
@@ -274,25 +296,24 @@ class Worker:
         if self._thread is not None:
             self._thread.join(timeout)
 
-    def _run(self, on_started: Callable[[], object] | None) -> None:
+    def _run(self, on_started: OnStarted | None) -> None:
         engine = self._engine
         if on_started is not None:
-            engine.begin_model()
-            on_started()
+            on_started(engine.begin_model())
         else:
-            self._retest()
+            self._test()
         batch = engine.batch(self._begin, self._end)
         while not engine.given_up(self) and (jobs := engine.next_batch()) is not None:
             if jobs:
                 self.jobs = jobs
                 engine.finished(self, jobs, batch.run(jobs))
             else:
-                self._retest()
+                self._test()
 
-    def _retest(self) -> None:
+    def _test(self) -> None:
         self._begin(0)
         try:
-            self._engine.retest()
+            self._engine.test()
         finally:
             self._began = None
 

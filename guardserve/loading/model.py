@@ -64,6 +64,7 @@ def load_model(
     input_dtypes: Sequence[str] = (),
     name: str | None = None,
     image_preprocessing: str | None = None,
+    beside: nn.Module | None = None,
 ) -> LoadedModel:
     """Load a model and work out what it takes.
 
@@ -79,6 +80,7 @@ def load_model(
         name: Name to serve the model under; by default the factory's, or the file's without its suffix.
         image_preprocessing: How images become its only input: see :meth:`ImagePreprocessing.parse`; by default as its
             factory declares it with ``@image_preprocessing``.
+        beside: A model in use, of which the new one must share no module.
 
     Returns:
         The model. It is in the mode in which the source left it.
@@ -95,7 +97,13 @@ def load_model(
     with torch.inference_mode(mode=False):
         if is_reference(reference):
             served_as = _name(name, reference.rpartition(":")[2].rpartition(".")[2])
-            module, inputs, platform, declared = _from_factory(reference, weights, flags, allow_pickle=allow_pickle)
+            module, factory = build(reference)
+            _check_apart(reference, module, beside)
+            if weights is not None:
+                load_weights(module, Path(weights), allow_pickle=allow_pickle)
+            inputs = input_specs(forward_parameters(module), find_example(factory, module), flags, _DECLARE)
+            platform = "pytorch_torchscript" if isinstance(module, torch.jit.ScriptModule) else "pytorch_eager"
+            declared = find_preprocessing(factory, module)
         else:
             path = Path(reference)
             kind = file_kind(path)
@@ -121,15 +129,13 @@ def _name(given: str | None, default: str) -> str:
     return name
 
 
-def _from_factory(
-    reference: str, weights: str | Path | None, flags: InputFlags, *, allow_pickle: bool
-) -> tuple[nn.Module, tuple[TensorSpec, ...], str, ImagePreprocessing | None]:
-    module, factory = build(reference)
-    if weights is not None:
-        load_weights(module, Path(weights), allow_pickle=allow_pickle)
-    inputs = input_specs(forward_parameters(module), find_example(factory, module), flags, _DECLARE)
-    platform = "pytorch_torchscript" if isinstance(module, torch.jit.ScriptModule) else "pytorch_eager"
-    return module, inputs, platform, find_preprocessing(factory, module)
+def _check_apart(reference: str, module: nn.Module, beside: nn.Module | None) -> None:
+    """Refuse a module that is in use already: weights loaded into it would change what it answers."""
+    used = set() if beside is None else set(map(id, beside.modules()))
+    if not used.isdisjoint(map(id, module.modules())):
+        raise ModelLoadError(
+            f"{reference} gives the same module each time: have a function make a new one to load it again"
+        )
 
 
 def _check_preprocessing(preprocessing: ImagePreprocessing, inputs: Sequence[TensorSpec]) -> None:

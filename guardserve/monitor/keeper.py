@@ -57,13 +57,13 @@ class StateKeeper:
                 "the monitor's state could not be saved to %s, which is tried again later: %s", self._path, error
             )
 
-    def close(self) -> None:
-        """Save the state for the last time, and end the thread."""
+    def close(self, *, save: bool = True) -> None:
+        """Save the state for the last time, unless it is to stay as it is, and end the thread."""
         started = self._thread.is_alive()
         self._closing.set()
         if started:
             self._thread.join(PATIENCE)
-            if not self._thread.is_alive():
+            if save and not self._thread.is_alive():
                 self.save()
 
     def _run(self) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from guardserve import __version__
-from guardserve.audit.report import Finding
 from guardserve.monitor import Verdict
 from guardserve.page.headline import headline
 from guardserve.watch import LOOK_INTERVAL, Memory, Point, Watch
@@ -19,7 +18,7 @@ RULE_OF_THUMB = (
 )
 
 
-def whole(watch: Watch, findings: Sequence[Finding]) -> dict[str, Any]:
+def whole(watch: Watch) -> dict[str, Any]:
     """Return everything but the channels: what a page that has just been opened needs."""
     runtime = watch.runtime
     return {
@@ -30,7 +29,7 @@ def whole(watch: Watch, findings: Sequence[Finding]) -> dict[str, Any]:
         "layers": list(runtime.monitor.layers),
         "unobserved": runtime.monitor.unobserved,
         "memories": [_memory(memory, runtime.monitor.layers) for memory in watch.memories],
-        "findings": [dataclasses.asdict(finding) for finding in findings],
+        "findings": [dataclasses.asdict(finding) for finding in runtime.findings],
         "now": now(watch),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from importlib.resources import files
 
 import orjson
@@ -11,7 +11,6 @@ from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from guardserve.audit.report import Finding
 from guardserve.page import content
 from guardserve.watch import Watch
 
@@ -40,13 +39,11 @@ class Page:
 
     Args:
         watch: What looks at the model.
-        findings: What the audit found when it was loaded.
         stopping: Tells that the server is about to stop, so that streams end and do not hold it up.
     """
 
-    def __init__(self, watch: Watch, findings: Sequence[Finding], stopping: Callable[[], bool]) -> None:
+    def __init__(self, watch: Watch, stopping: Callable[[], bool]) -> None:
         self._watch = watch
-        self._findings = findings
         self._stopping = stopping
         self._streams = 0
         folder = files("guardserve.page") / "static"
@@ -77,7 +74,7 @@ class Page:
 
     async def state(self) -> Response:
         """Give all that the page shows."""
-        return _json(await run_in_threadpool(content.whole, self._watch, self._findings))
+        return _json(await run_in_threadpool(content.whole, self._watch))
 
     async def layer(self, name: str) -> Response:
         """Give the channels of one layer."""

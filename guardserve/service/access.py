@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -26,6 +26,12 @@ CHALLENGE = ((b"www-authenticate", b"Bearer"), (b"www-authenticate", b'Basic rea
 HEALTH = "/v2/health/"
 METRICS = "/metrics"
 
+ADMINISTRATOR = "admin:"
+"""Before a key, or its hash, that may also load models."""
+
+PASSED_ON: frozenset[bytes] = frozenset({b"origin", b"forwarded", b"x-forwarded-for"})
+"""Headers of requests that come from elsewhere than the client of the connection: from a web page, or by a proxy."""
+
 
 class Access:
     """Decides who may ask for what.
@@ -33,7 +39,8 @@ class Access:
     A key is sent as ``Authorization: Bearer KEY``, or as the password of basic authentication, which browsers do.
 
     Args:
-        keys: The keys, or ``sha256:`` and the hexadecimal hash of one. Without any everybody may ask for everything.
+        keys: The keys, or ``sha256:`` and the hexadecimal hash of one; ``admin:`` before it marks an administrator's.
+            Without any everybody may ask for everything, but only this machine may administer.
         protect_metrics: Whether ``/metrics`` needs a key too.
         protect_health: Whether the server's health does.
 
@@ -44,7 +51,9 @@ class Access:
     def __init__(
         self, keys: Iterable[str] = (), *, protect_metrics: bool = False, protect_health: bool = False
     ) -> None:
-        self._hashes = [_hash(key) for key in keys]
+        given = list(keys)
+        self._hashes = [_hash(key.removeprefix(ADMINISTRATOR)) for key in given]
+        self._administrators = [_hash(key[len(ADMINISTRATOR) :]) for key in given if key.startswith(ADMINISTRATOR)]
         self._protect_metrics = protect_metrics
         self._protect_health = protect_health
 
@@ -57,8 +66,19 @@ class Access:
             return True
         if path.startswith(HEALTH) and not self._protect_health:
             return True
-        given = hashlib.sha256(_key(dict(scope["headers"]).get(b"authorization", b""))).digest()
-        return any([hmac.compare_digest(given, known) for known in self._hashes])  # noqa: C419 - as long for each key
+        return _among(scope, self._hashes)
+
+    def no_administrator(self, scope: Scope) -> str | None:
+        """Say why a request that may be answered is none of an administrator; None if it is one."""
+        if self._hashes:
+            if _among(scope, self._administrators):
+                return None
+            return f"that takes an administrator's API key, one with {ADMINISTRATOR} before it in the server's list"
+        client = scope.get("client")
+        here = client is not None and is_loopback(client[0])
+        if here and not any(name in PASSED_ON for name, _ in scope["headers"]):
+            return None
+        return "without API keys only a client on the server's own machine may ask for that; or send the process SIGHUP"
 
 
 def is_open(path: str) -> bool:
@@ -101,6 +121,12 @@ def _hash(key: str) -> bytes:
     if len(key) < MIN_LENGTH:
         raise SettingsError(f"an API key has {len(key)} characters: use at least {MIN_LENGTH}, at random")
     return hashlib.sha256(key.encode()).digest()
+
+
+def _among(scope: Scope, hashes: Sequence[bytes]) -> bool:
+    """Tell whether a request has one of some keys."""
+    given = hashlib.sha256(_key(dict(scope["headers"]).get(b"authorization", b""))).digest()
+    return any([hmac.compare_digest(given, known) for known in hashes])  # noqa: C419 - as long for each key
 
 
 def _key(header: bytes) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
@@ -12,7 +12,6 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
 from guardserve import __version__
-from guardserve.audit.report import Finding
 from guardserve.identity import Identity, identified
 from guardserve.metrics import Metrics
 from guardserve.page.endpoints import Page
@@ -24,8 +23,9 @@ from guardserve.service.gateway import Gateway
 from guardserve.service.inference import Inference, OnNonFinite
 from guardserve.service.life import Life, closing
 from guardserve.service.limits import Limits
+from guardserve.service.repository import Repository
 from guardserve.service.shift import ShiftPolicy
-from guardserve.traffic import Traffic
+from guardserve.service.versions import Load, Versions
 from guardserve.watch import Watch
 
 _log = logging.getLogger(__name__)
@@ -42,19 +42,19 @@ class Service(FastAPI):
     Attributes:
         life: Where the server stands; whoever stops it says so here.
         access: Who may ask.
-        inference: The paths of inference requests, and what answers them.
+        gateway: What answers inference requests.
     """
 
     life: Life
     access: Access
-    inference: tuple[frozenset[str], Gateway]
+    gateway: Gateway
 
     def shortcut(self, scope: Scope) -> Gateway | None:
         """Return what may answer a request past ASGI; None where it needs more than its answer, or is refused."""
-        paths, gateway = self.inference
+        paths = self.gateway.inference.paths
         if scope["method"] != "POST" or scope["path"] not in paths or self.life.closing or self.life.crowded:
             return None
-        return gateway if self.access.allows(scope) else None
+        return self.gateway if self.access.allows(scope) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or run the lifespan."""
@@ -74,9 +74,8 @@ class Service(FastAPI):
         if not self.access.allows(scope):
             await UNAUTHORIZED.send(send)
             return
-        paths, gateway = self.inference
-        if scope["path"] in paths and scope["method"] == "POST":
-            await gateway(scope, receive, send)
+        if scope["path"] in self.gateway.inference.paths and scope["method"] == "POST":
+            await self.gateway(scope, receive, send)
             return
         await super().__call__(scope, receive, send)
 
@@ -90,7 +89,7 @@ def create_app(
     on_nonfinite: OnNonFinite = "error",
     shift_policy: ShiftPolicy | None = None,
     shutdown_timeout: float = 30.0,
-    findings: Sequence[Finding] = (),
+    load: Load | None = None,
 ) -> Service:
     """Build the application.
 
@@ -105,47 +104,44 @@ def create_app(
             request does not say.
         shift_policy: What is done about samples unlike the reference profile; by default nothing.
         shutdown_timeout: Seconds to finish accepted requests in when it stops.
-        findings: What the audit found in the model, for the page to show.
+        load: What loads the model again, for SIGHUP and authorised calls; see :class:`Versions`.
     """
     metrics = Metrics(runtime)
     limits = limits or Limits()
     life = Life(limits.max_connections)
-    inference = Inference(
-        runtime, metrics, limits, model_version, on_nonfinite, shift_policy=shift_policy or ShiftPolicy()
-    )
-    gateway = Gateway(inference, metrics, limits)
 
-    def look() -> Traffic:
-        metrics.take_p_values()  # before so many have come that some are forgotten, scraped or not
-        return Traffic.of(metrics)
+    def serve(runtime: Runtime) -> Inference:
+        policy = shift_policy or ShiftPolicy()
+        return Inference(runtime, metrics, limits, model_version, on_nonfinite, shift_policy=policy)
 
-    watch = Watch(runtime, look)
+    gateway = Gateway(serve(runtime), metrics, limits)
+    watch = Watch(runtime, metrics)
+    versions = Versions(gateway, metrics, watch, life, serve=serve, load=load)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        inference.start()
+        versions.start()
         watch.start()
         yield
         life.close()
-        await inference.close(shutdown_timeout)
-        watch.close()
-        runtime.close()
+        await versions.close(shutdown_timeout)
 
     app = Service(
         title="guardserve",
         version=__version__,
-        summary=f"Serves {runtime.name} behind BatchNorm safeguards.",
+        summary=f"Serves {metrics.model} behind BatchNorm safeguards.",
         lifespan=lifespan,
         redirect_slashes=False,
     )
     app.life = life
     app.access = access or Access()
-    endpoints = ProtocolEndpoints(runtime, gateway, life, model_version=model_version)
-    app.inference = endpoints.infer_paths, gateway
-    app.include_router(endpoints.router())
+    app.gateway = gateway
+    app.include_router(ProtocolEndpoints(gateway, life).router())
+    if load is not None:
+        app.include_router(Repository(versions, app.access).router())
     app.include_router(metrics_router(metrics))
     # the page's streams do not end by themselves
-    app.include_router(Page(watch, findings, lambda: life.draining).router())
+    app.include_router(Page(watch, lambda: life.draining).router())
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _unexpected)

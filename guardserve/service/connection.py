@@ -122,7 +122,7 @@ class Connection(HttpToolsProtocol):
         if self._plain is not None:
             cycle, gateway = self._plain
             headers = dict(cycle.scope["headers"])
-            if is_small(cycle.body, headers):
+            if is_small(cycle.body, headers) and cycle.scope["path"] in gateway.inference.paths:
                 self._forget_plain()
                 self._answer(cycle, gateway, headers)
             else:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Header, Response
 from fastapi.exceptions import HTTPException
 from starlette.concurrency import run_in_threadpool
 
 from guardserve import __version__
-from guardserve.metrics import CONTENT_TYPE, Metrics
+from guardserve.metrics import Metrics, negotiated
 from guardserve.runtime import Runtime
 from guardserve.service.answer import Answer, refusal
 from guardserve.service.gateway import Gateway
@@ -33,9 +33,11 @@ def metrics_router(metrics: Metrics) -> APIRouter:
     router = APIRouter(tags=["observability"])
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def scrape() -> Response:
-        """Metrics in Prometheus' text format."""
-        return Response(await run_in_threadpool(metrics.render), headers={"Content-Type": CONTENT_TYPE})
+    async def scrape(accept: Annotated[str, Header(include_in_schema=False)] = "") -> Response:
+        """Metrics in Prometheus' text format; to who accepts that as OpenMetrics, with exemplars."""
+        content_type = negotiated(accept)
+        headers = {"Content-Type": content_type, "Vary": "Accept"}
+        return Response(await run_in_threadpool(metrics.render, content_type), headers=headers)
 
     return router
 
@@ -44,23 +46,17 @@ class ProtocolEndpoints:
     """The endpoints of the Open Inference Protocol V2 for one model.
 
     Args:
-        runtime: The model.
         gateway: What answers its requests. They do not come this way; here they are documented, and others refused.
         life: Where the server stands.
-        model_version: The model's version in URLs.
     """
 
-    def __init__(self, runtime: Runtime, gateway: Gateway, life: Life, *, model_version: str) -> None:
-        self._runtime = runtime
+    def __init__(self, gateway: Gateway, life: Life) -> None:
         self._gateway = gateway
         self._life = life
-        self._model_version = model_version
 
     @property
-    def infer_paths(self) -> frozenset[str]:
-        """The paths of the model's inference requests."""
-        model = f"/v2/models/{self._runtime.name}"
-        return frozenset({f"{model}/infer", f"{model}/versions/{self._model_version}/infer"})
+    def _runtime(self) -> Runtime:
+        return self._gateway.inference.runtime
 
     def router(self) -> APIRouter:
         """Build the router."""
@@ -112,7 +108,7 @@ class ProtocolEndpoints:
         self._require(model, version)
         runtime = self._runtime
         return ModelMetadata.model_validate(
-            model_metadata(runtime.name, [self._model_version], runtime.platform, runtime.signature)
+            model_metadata(runtime.name, self._gateway.inference.versions, runtime.platform, runtime.signature)
         )
 
     async def model_ready(self, model: str, version: str | None = None) -> Response:
@@ -135,10 +131,9 @@ class ProtocolEndpoints:
     def _require(self, model: str, version: str | None) -> None:
         if model != self._runtime.name:
             raise HTTPException(404, f"unknown model {model!r}: this server has {self._runtime.name!r}")
-        if version is not None and version != self._model_version:
-            raise HTTPException(
-                404, f"unknown version {version!r} of {model!r}: this server has {self._model_version!r}"
-            )
+        versions = self._gateway.inference.versions
+        if version is not None and version not in versions:
+            raise HTTPException(404, f"unknown version {version!r} of {model!r}: this server has {', '.join(versions)}")
 
 
 def _infer_body(*, images: bool) -> dict[str, Any]:

@@ -38,10 +38,14 @@ class Gateway:
         inference: What answers a request once it is whole.
         metrics: Where it is counted.
         limits: What is accepted.
+
+    Attributes:
+        inference: What answers a request that is whole now. Another version of the model takes its place by being
+            put here, on the event loop; what was whole before has its answer from the one that was here then.
     """
 
     def __init__(self, inference: Inference, metrics: Metrics, limits: Limits) -> None:
-        self._inference = inference
+        self.inference = inference
         self._metrics = metrics
         self._limits = limits
         self._held = 0
@@ -84,7 +88,7 @@ class Gateway:
         with identified(identity):
             try:
                 held.take(body)
-                return self._inference.begin(body, headers, ended)
+                return self.inference.begin(body, headers, ended)
             except RefusedBodyError as refused:
                 ended(refused.answer)
             except Exception:  # noqa: BLE001 - a fault of ours is an answer too, and counted
@@ -109,7 +113,9 @@ class Gateway:
                 body = await self._whole(message, held, receive)
             else:
                 body = held.add(message)
-            return await self._inference.answer(body, headers, receive)
+            if scope["path"] not in self.inference.paths:  # it names a version that was replaced meanwhile
+                return refusal(404, "not_found", f"{scope['path']} names a version that is served no more")
+            return await self.inference.answer(body, headers, receive)
         except RefusedBodyError as refused:
             return refused.answer
         finally:

@@ -35,6 +35,9 @@ T = TypeVar("T")
 SMALL = 256 * 1024
 """Bytes up to which a body or an answer is read or written on the event loop; more would keep it from others."""
 
+IDLE_INTERVAL = 0.02
+"""Seconds between two looks whether the last request has its answer."""
+
 PATROL_INTERVAL = 0.05
 """Seconds between two looks at the requests that wait: for their deadlines, and for clients that have gone."""
 
@@ -71,7 +74,7 @@ class Pending(Job):
         score: See above.
     """
 
-    __slots__ = ("arrived", "deadline", "ended", "receive", "watch")
+    __slots__ = ("arrived", "deadline", "ended", "receive", "timer", "watch")
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class Pending(Job):
         self.receive = receive
         self.ended: Callable[[Outcome], object] | None = ended
         self.watch: asyncio.Task[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
 
     def settle(self, outcome: Outcome) -> None:
         """Say how it ended; the first one to say so is right."""
@@ -98,7 +102,7 @@ class Pending(Job):
 
 
 class Inference:
-    """Answers inference requests through an engine.
+    """Answers inference requests with one version of a model, through an engine.
 
     Everything but the engine's own thread runs on the event loop. Requests that arrive in one round of the loop are
     handed over together, and come back so.
@@ -110,6 +114,13 @@ class Inference:
         model_version: What answers call the model's version.
         on_nonfinite: What to do about non-finite outputs where a request does not say.
         shift_policy: What to do about samples unlike the reference.
+
+    Attributes:
+        runtime: The model.
+        engine: What runs its forwards.
+        versions: What the version is called in URLs: as the server was told, and with the model's fingerprint, which
+            no other version has.
+        paths: Those of its inference requests.
     """
 
     def __init__(
@@ -122,24 +133,27 @@ class Inference:
         *,
         shift_policy: ShiftPolicy,
     ) -> None:
-        self._runtime = runtime
         self._shift = shift_policy
         self._on_nonfinite = on_nonfinite
         self._metrics = metrics
         self._limits = limits
         self._model_version = model_version
+        self.runtime = runtime
+        self.versions = (model_version, f"{model_version}-{runtime.fingerprint}")
+        model = f"/v2/models/{runtime.name}"
+        self.paths = frozenset([f"{model}/infer", *(f"{model}/versions/{version}/infer" for version in self.versions)])
         # a model that takes one batch size only takes that, whatever the limit
         self._max_batch_size = max(limits.max_batch_size, runtime.static_batch or 1)
-        self._engine = Engine(
+        self.engine = Engine(
             runtime,
             self._deliver,
             max_batch_size=self._max_batch_size,
             max_queue_size=limits.max_queue_size,
             max_queue_delay=limits.max_queue_delay,
             forward_timeout=limits.forward_timeout,
+            self_test_interval=limits.self_test_interval,
             forward_ended=metrics.forward_ended,
         )
-        metrics.engine = self._engine
         self._reader = RequestReader(lambda: runtime.signature, self._max_batch_size)
         self._coder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardserve-coder")
         self._pending: dict[Pending, None] = {}
@@ -148,15 +162,32 @@ class Inference:
         self._arrivals = 0
         self._arrivals_seen = 0
         self._alone = False
+        self._coding = 0
 
-    def start(self) -> None:
-        """Start the engine, which probes the model; call it on the event loop."""
-        self._loop = asyncio.get_running_loop()
-        self._engine.start()
+    def start(self) -> asyncio.Future[GuardserveError | None]:
+        """Start the engine, which probes the model; call it on the event loop.
+
+        Returns:
+            What tells, once the model was probed, why it did not pass, if so.
+        """
+        loop = self._loop = asyncio.get_running_loop()
+        started: asyncio.Future[GuardserveError | None] = loop.create_future()
+
+        def tell(failure: GuardserveError | None) -> None:
+            with suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(_tell, started, failure)
+
+        self.engine.start(tell)
+        return started
+
+    async def idle(self) -> None:
+        """Wait until every request that came here has its answer; none may come any more."""
+        while self._pending or self._coding:  # noqa: ASYNC110 - an event would cost every request
+            await asyncio.sleep(IDLE_INTERVAL)
 
     async def close(self, timeout: float | None) -> None:
         """Finish the work that was accepted, for so many seconds, then stop the engine."""
-        await asyncio.get_running_loop().run_in_executor(None, self._engine.close, timeout)
+        await asyncio.get_running_loop().run_in_executor(None, self.engine.close, timeout)
         self._coder.shutdown(wait=False)
 
     async def answer(self, body: bytes, headers: Mapping[bytes, bytes], receive: Receive) -> Answer:
@@ -167,7 +198,7 @@ class Inference:
             headers: Its headers by their lower-case names.
             receive: ASGI's channel, on which a client that goes away is noticed.
         """
-        if self._runtime.failure is not None:
+        if self.runtime.failure is not None:
             return self._unready()
         ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         try:
@@ -177,7 +208,7 @@ class Inference:
                 request = await self._aside(functools.partial(self._read, body, headers))
             job = self._submit(request, functools.partial(_end, ended), receive)
         except GuardserveError as error:
-            return failure(error, self._runtime.name)
+            return failure(error, self.runtime.name)
         try:
             outcome = await ended
         finally:
@@ -199,7 +230,7 @@ class Inference:
         Returns:
             What waits for its forward; settle it as ``"gone"`` if the client goes away. None if that is over already.
         """
-        if self._runtime.failure is not None:
+        if self.runtime.failure is not None:
             send(self._unready())
             return None
 
@@ -226,12 +257,12 @@ class Inference:
             request = self._read(body, headers)
             job = self._submit(request, ended, None)
         except GuardserveError as error:
-            send(failure(error, self._runtime.name))
+            send(failure(error, self.runtime.name))
             return None
         return job
 
     def _unready(self) -> Answer:
-        return refusal(503, "not_ready", f"the model is not ready: {self._runtime.failure}", RETRY_AFTER)
+        return refusal(503, "not_ready", f"the model is not ready: {self.runtime.failure}", RETRY_AFTER)
 
     def _failed(self, job: Pending, outcome: Outcome) -> Answer | None:
         """Return the answer to a request that failed; None if it has not."""
@@ -239,12 +270,16 @@ class Inference:
             return OUTCOMES[outcome]
         if job.result.error is not None:
             with identified(job.identity):
-                return failure(job.result.error, self._runtime.name)
+                return failure(job.result.error, self.runtime.name)
         return self._shift.refusal(job.result.p_values)
 
     async def _aside(self, function: Callable[[], T]) -> T:
         """Call a function that takes long where it keeps nobody waiting."""
-        return await asyncio.get_running_loop().run_in_executor(self._coder, function)
+        self._coding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._coder, function)
+        finally:
+            self._coding -= 1
 
     def _read(self, body: bytes, headers: Mapping[bytes, bytes]) -> InferRequest:
         encoding = headers.get(b"content-encoding")
@@ -253,7 +288,7 @@ class Inference:
                 body, None if encoding is None else encoding.decode("latin-1"), self._limits.max_body_size
             )
         if is_image(headers):
-            runtime = self._runtime
+            runtime = self.runtime
             return read_image_request(
                 body, headers, runtime.signature, runtime.preprocessing, self._limits.max_image_pixels
             )
@@ -272,13 +307,13 @@ class Inference:
             body, headers = render_response(
                 result.outputs,
                 request,
-                model_name=self._runtime.name,
+                model_name=self.runtime.name,
                 model_version=self._model_version,
                 parameters=parameters,
                 nonfinite_strings=strings,
             )
         except ProtocolError as error:
-            return failure(error, self._runtime.name)
+            return failure(error, self.runtime.name)
         except ValueError:  # the model gave what JSON lacks, and the client has not said how to write it
             hint = f"ask for it in binary, or for strings with the parameter {NONFINITE_STRINGS}"
             return refusal(500, "nonfinite_output", f"the model gave a non-finite output: {found}; {hint}")
@@ -298,15 +333,15 @@ class Inference:
         )
         if request.id is not None and job.identity is not None:
             job.identity.protocol_id = request.id[:MAX_LENGTH]
-        self._engine.submit(job)
+        self.engine.submit(job)
         self._pending[job] = None
         if own and timeout is not None:
-            loop.call_later(timeout, self._expire, job)
+            job.timer = loop.call_later(timeout, self._expire, job)
         if not self._patrolling:
             self._patrolling = True
             loop.call_later(PATROL_INTERVAL, self._patrol)
         if self._alone:  # nothing came with the last one, so nothing is waited for now
-            self._engine.wake()
+            self.engine.wake()
         elif self._arrivals == 0:
             loop.call_soon(self._hand_over)
         self._arrivals += not self._alone
@@ -333,9 +368,9 @@ class Inference:
     def _scores(self, request: InferRequest) -> bool:
         """Tell whether the request asks how odd its samples are."""
         asked = json_member(request.parameters, P_VALUES, bool, "the request's parameters") or False
-        if asked and not self._runtime.scores:
+        if asked and not self.runtime.scores:
             raise ProtocolError(f"{P_VALUES} of the request's parameters needs a server with a reference profile")
-        return asked or (self._shift.action != "observe" and self._runtime.scores)
+        return asked or (self._shift.action != "observe" and self.runtime.scores)
 
     def _hand_over(self) -> None:
         """Wake the engine once a round of the loop has brought nothing new."""
@@ -345,7 +380,7 @@ class Inference:
             loop.call_soon(self._hand_over)
             return
         self._arrivals = self._arrivals_seen = 0
-        self._engine.wake()
+        self.engine.wake()
 
     def _deliver(self, jobs: Sequence[Job]) -> None:
         """Take back a batch, on the engine's thread."""
@@ -360,7 +395,7 @@ class Inference:
             job.settle("done")
 
     def _expire(self, job: Pending) -> None:
-        self._engine.drop(job)
+        self.engine.drop(job)
         job.settle("expired")
 
     def _forget(self, job: Pending) -> None:
@@ -368,7 +403,9 @@ class Inference:
         self._pending.pop(job, None)
         if job.watch is not None:
             job.watch.cancel()
-        self._engine.drop(job)
+        if job.timer is not None:  # it would keep the answer, and the model, until then
+            job.timer.cancel()
+        self.engine.drop(job)
 
     def _patrol(self) -> None:
         """Expire what is past its deadline, and watch the clients of what takes long."""
@@ -386,7 +423,7 @@ class Inference:
         """Drop a request whose client goes away: after the body nothing else can come."""
         message = await receive()
         if message["type"] == "http.disconnect":
-            self._engine.drop(job)
+            self.engine.drop(job)
             job.settle("gone")
 
 
@@ -399,6 +436,12 @@ def _end(ended: asyncio.Future[Outcome], outcome: Outcome) -> None:
     """Wake who awaits a request's end, unless he was cancelled."""
     if not ended.done():
         ended.set_result(outcome)
+
+
+def _tell(started: asyncio.Future[GuardserveError | None], failure: GuardserveError | None) -> None:
+    """Tell who waits for the model to start how that ended, unless he was cancelled."""
+    if not started.done():
+        started.set_result(failure)
 
 
 def _is_large(result: Result) -> bool:

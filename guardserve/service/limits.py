@@ -24,6 +24,7 @@ class Limits:
         request_timeout: Seconds until a request that has no answer yet gets 504; None for none.
         body_timeout: Seconds that the body of a request may take to arrive.
         forward_timeout: Seconds after which a forward counts as hanging; None for never.
+        self_test_interval: Seconds between two self-tests of a model that works; 0 for none.
     """
 
     max_batch_size: int = 64
@@ -36,3 +37,4 @@ class Limits:
     request_timeout: float | None = 60.0
     body_timeout: float = 30.0
     forward_timeout: float | None = 60.0
+    self_test_interval: float = 60.0

@@ -72,6 +72,21 @@ class ServerMetadata(BaseModel):
     extensions: list[str]
 
 
+class LoadRequest(BaseModel):
+    """Body of a request to load the model again."""
+
+    parameters: dict[str, Any] | None = Field(None, description="None: it is loaded as when the server started.")
+
+
+class RepositoryModel(BaseModel):
+    """A model of the repository."""
+
+    name: str
+    version: str = Field(description="The version that answers, with the fingerprint of its weights and code.")
+    state: str = Field(description="READY or UNAVAILABLE.")
+    reason: str = Field(description="Why it is unavailable.")
+
+
 class ErrorBody(BaseModel):
     """Any failure."""
 

@@ -56,7 +56,7 @@ def engine_of(module: nn.Module, *inputs: TensorSpec, **options: Any) -> Iterato
     runtime = Runtime(loaded(module, *inputs))
     engine = Engine(runtime, lambda _: None, **options)
     started = threading.Event()
-    engine.start(started.set)
+    engine.start(lambda _: started.set())
     assert started.wait(30)
     if isinstance(module, Scripted):
         module.batches.clear()
@@ -292,7 +292,7 @@ def test_p_values_come_with_the_rows_of_the_request_that_asked() -> None:
     runtime = Runtime(loaded(model), reference=profile, target_arl=1000)
     engine = Engine(runtime, lambda _: None)
     started = threading.Event()
-    engine.start(started.set)
+    engine.start(lambda _: started.set())
     assert started.wait(30)
     try:
         usual, odd = torch.full((2, 3), 0.1), torch.full((1, 3), 30.0)
@@ -336,7 +336,7 @@ def test_results_come_back_once_for_each_batch_with_its_rows_and_seconds() -> No
         forward_ended=lambda count, seconds: forwards.append((count, seconds)),
     )
     started = threading.Event()
-    engine.start(started.set)
+    engine.start(lambda _: started.set())
     assert started.wait(30)
     results(engine, rows(1), rows(2, 3))
     engine.close(5)

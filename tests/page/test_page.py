@@ -187,8 +187,8 @@ def test_findings_of_the_audit_are_shown(page: Any) -> None:
     model.first.running_var = torch.tensor([1.0, -1.0, 1.0])
     expected = audit(model).findings
     assert expected
-    runtime = Runtime(loaded(model))
-    with serve_in_background(create_app(runtime, findings=expected)) as url:
+    runtime = Runtime(loaded(model), findings=expected)
+    with serve_in_background(create_app(runtime)) as url:
         page.goto(f"{url}/ui")
         expect(page, "#findings li >> nth=0").to_contain_text(expected[0].code)
         expect(page, "#findings").to_contain_text(expected[0].remedy)

@@ -73,7 +73,7 @@ def faces(module: nn.Module, *inputs: TensorSpec, access: Access | None = None, 
     """Serve a module over both; give it once its start-up probe has ended."""
     runtime = Runtime(loaded(module, *inputs))
     app = create_app(runtime, access=access, limits=Limits(**{"max_body_size": 2**20, **limits}))
-    rpc = RpcServer(app, app.inference[1], "127.0.0.1", 0, max_message_size=2**20, grace=5)
+    rpc = RpcServer(app, app.gateway, "127.0.0.1", 0, max_message_size=2**20, grace=5)
     with serve_in_background(app, companion=rpc) as url, httpx.Client(base_url=url, trust_env=False) as client:
         wait_until(lambda: runtime.failure is None or "failed" in runtime.failure)
         yield Faces(client, f"127.0.0.1:{rpc.port}")
@@ -493,7 +493,7 @@ def test_a_call_is_a_span_of_its_callers_trace() -> None:
     runtime = Runtime(loaded(Two()))
     app = create_app(runtime)
     traced = instrumentation.OpenTelemetryMiddleware(app, tracer_provider=provider, exclude_spans=["receive", "send"])
-    rpc = RpcServer(traced, app.inference[1], "127.0.0.1", 0, max_message_size=2**20)
+    rpc = RpcServer(traced, app.gateway, "127.0.0.1", 0, max_message_size=2**20)
     trace = "0af7651916cd43dd8448eb211c80319c"
     with serve_in_background(app, companion=rpc) as url, httpx.Client(base_url=url, trust_env=False) as client:
         wait_until(lambda: runtime.failure is None)
@@ -513,7 +513,7 @@ def test_tls_is_served_with_the_certificate_of_https(tmp_path: Path, require_pro
     subprocess.run([require_program("openssl"), *making, *subject], check=True, capture_output=True)
     runtime = Runtime(loaded(Two()))
     app = create_app(runtime)
-    rpc = RpcServer(app, app.inference[1], "127.0.0.1", 0, max_message_size=2**20, certificate=(certificate, key))
+    rpc = RpcServer(app, app.gateway, "127.0.0.1", 0, max_message_size=2**20, certificate=(certificate, key))
     with serve_in_background(app, companion=rpc):
         trusted = grpc.ssl_channel_credentials(certificate.read_bytes())
         for channel, status in (

@@ -18,6 +18,7 @@ from serving import loaded, metric, serving, wait_until
 from torch import nn
 
 from guardserve import ReferenceProfile, __version__
+from guardserve.fingerprints import fingerprint
 from guardserve.metrics import REASONS
 from guardserve.runtime import Runtime
 from guardserve.service.app import create_app
@@ -83,7 +84,7 @@ def test_metadata_health_and_version_are_the_protocols() -> None:
         for path in ("/v2/models/net", "/v2/models/net/versions/1"):
             assert client.get(path).json() == {
                 "name": "net",
-                "versions": ["1"],
+                "versions": ["1", f"1-{fingerprint(net())}"],
                 "platform": "pytorch_eager",
                 "inputs": [{"name": "x", **tensor}],
                 "outputs": [{"name": "output", "datatype": "FP32", "shape": [-1, 2]}],

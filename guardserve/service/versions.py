@@ -1,0 +1,260 @@
+"""The versions of the served model: the one that answers, how the next takes its place, and how the last one ends."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import gc
+import logging
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, TypeAlias, TypeVar
+
+from torch import nn
+
+from guardserve.exceptions import GuardserveError
+from guardserve.metrics import Metrics
+from guardserve.runtime import Runtime
+from guardserve.service.datatypes import datatype_name
+from guardserve.service.gateway import Gateway
+from guardserve.service.inference import Inference
+from guardserve.service.life import Life
+from guardserve.signature import TensorSpec
+from guardserve.watch import Watch
+
+LOAD_TIMEOUT = 900.0
+"""Seconds that loading, and then compiling and probing, may take: what hangs must not keep others from coming."""
+
+CLOSE_TIMEOUT = 30.0
+"""Seconds for the forward of a version that answers no more, when nobody waits for it."""
+
+POLL = 0.1
+"""Seconds between two looks whether the server is stopping while a new version is on its way."""
+
+Load: TypeAlias = Callable[[Runtime], Runtime]
+"""Loads the model of a runtime again, as it was loaded at the start; gives another runtime, not started."""
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class ReloadError(GuardserveError):
+    """The model was not loaded again; the version that was there goes on."""
+
+
+class ReloadRunningError(ReloadError):
+    """It is being loaded already."""
+
+
+class Versions:
+    """Puts a new version of the model in the place of the one that answers, without losing a request.
+
+    The new version is loaded aside, passes the start-up probe on the thread that will run it, and must take and give
+    what the old one does. Then it is put behind the gateway at once. What the old one has accepted it answers; when
+    the last of these requests has its answer it is closed. If anything fails, the old one has noticed nothing.
+
+    Everything but :meth:`close` is called on the event loop, which nothing here holds up.
+
+    Args:
+        gateway: What answers requests.
+        metrics: Where both versions are counted.
+        watch: What looks at the version that answers.
+        life: Where the server stands.
+        serve: Makes what answers requests with a runtime.
+        load: What loads the model again; without it the first version stays.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        metrics: Metrics,
+        watch: Watch,
+        life: Life,
+        *,
+        serve: Callable[[Runtime], Inference],
+        load: Load | None = None,
+    ) -> None:
+        self._gateway = gateway
+        self._metrics = metrics
+        self._watch = watch
+        self._life = life
+        self._serve = serve
+        self._load = load
+        self._loading = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        metrics.follow(self.current.runtime, self.current.engine, self.current.versions[-1])
+
+    @property
+    def current(self) -> Inference:
+        """What answers requests now."""
+        return self._gateway.inference
+
+    def start(self) -> None:
+        """Start the first version; from then on SIGHUP loads the model again, if it can be."""
+        self.current.start().add_done_callback(functools.partial(_log_start, self._metrics.model))
+        if self._load is not None and hasattr(signal, "SIGHUP"):
+            with suppress(RuntimeError, ValueError):  # only the main thread has signals
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
+
+    async def close(self, timeout: float) -> None:
+        """Finish the work that was accepted, for so many seconds, and close every version."""
+        end = time.monotonic() + timeout
+        await self.current.close(timeout)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=max(0.0, end - time.monotonic()))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._watch.close()
+        self.current.runtime.close()
+
+    async def reload(self) -> None:
+        """Load the model again, and let the new version answer.
+
+        Raises:
+            ReloadRunningError: If it is being loaded already.
+            ReloadError: If the new version cannot be loaded, fails its probe, or does not take or give what the old
+                one does, which goes on.
+        """
+        name, old = self._metrics.model, self.current
+        if self._loading:
+            raise ReloadRunningError(f"{name} is being loaded already: ask again when that is over")
+        self._loading = True
+        _log.info("%s: loading another version beside %s", name, old.versions[-1])
+        try:
+            new = await self._prepared(old.runtime)
+        except Exception as error:
+            self._metrics.reloads["failed"] += 1
+            known = isinstance(error, GuardserveError)
+            text = str(error) if known else f"{type(error).__name__}; the server's log has the details"
+            text = f"{name} was not reloaded, {old.versions[-1]} goes on: {text}"
+            _log.error("%s", text, exc_info=error.__cause__ if known else error)
+            raise ReloadError(text) from error
+        finally:
+            self._loading = False
+        self._metrics.follow(new.runtime, new.engine, new.versions[-1])
+        self._metrics.reloads["done"] += 1
+        self._gateway.inference = new
+        _log.warning("%s: version %s answers, in the place of %s", name, new.versions[-1], old.versions[-1])
+        self._spawn(self._retire(old))
+
+    def _hang_up(self) -> None:
+        """Load the model again for SIGHUP."""
+
+        async def reload() -> None:
+            try:
+                await self.reload()
+            except ReloadRunningError as error:
+                _log.warning("SIGHUP: %s", error)
+            except ReloadError:
+                pass  # it is in the log
+
+        self._spawn(reload())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _prepared(self, old: Runtime) -> Inference:
+        """Load a version, have it pass its probe, and compare it with the one that answers."""
+        if self._load is None:
+            raise ReloadError("the server was not told how to load it: start another one")
+        runtime = await self._wait_for(_aside(functools.partial(self._load, old)))
+        new = self._serve(runtime)
+        try:
+            _check_passed(await self._wait_for(new.start()))
+            _check_same("inputs", old.signature.inputs, runtime.signature.inputs)
+            _check_same("outputs", old.signature.outputs, runtime.signature.outputs)
+        except BaseException:
+            await new.close(0)
+            runtime.close(save=False)
+            raise
+        return new
+
+    async def _wait_for(self, work: asyncio.Future[T]) -> T:
+        """Wait for something that may take long or hang, but not for ever, nor when the server stops."""
+        end = time.monotonic() + LOAD_TIMEOUT
+        while not work.done():
+            if self._life.draining or time.monotonic() > end:
+                work.cancel()
+                why = "the server is stopping" if self._life.draining else f"it took longer than {LOAD_TIMEOUT:g} s"
+                raise ReloadError(why)
+            await asyncio.wait([work], timeout=POLL)
+        return work.result()
+
+    async def _retire(self, old: Inference) -> None:
+        """Close a version when everything that it has accepted is answered, and free its memory."""
+        model = weakref.ref(old.runtime.guard.module)
+        await self._end(old)
+        del old
+        await asyncio.get_running_loop().run_in_executor(None, _free, model)
+
+    async def _end(self, old: Inference) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(None, self._watch.follow, self.current.runtime)
+            await old.idle()
+            await old.close(CLOSE_TIMEOUT)
+        finally:
+            await loop.run_in_executor(None, functools.partial(old.runtime.close, save=False))
+            await loop.run_in_executor(None, self._metrics.leave, old.runtime)
+
+
+def _aside(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Call a function on a thread of its own, which does not keep the process from ending."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - whoever waits raises it, and is not to end by it
+            future.set_exception(error if isinstance(error, Exception) else ReloadError(f"it ended by {error!r}"))
+        else:
+            future.set_result(result)
+
+    future.set_running_or_notify_cancel()
+    threading.Thread(target=run, name="guardserve-reload", daemon=True).start()
+    return asyncio.wrap_future(future)
+
+
+def _check_passed(failure: GuardserveError | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _check_same(kind: str, old: Sequence[TensorSpec], new: Sequence[TensorSpec]) -> None:
+    """Refuse a version that the clients of the old one could not go on with."""
+    if old and old != new:  # the outputs of a model that has failed its probe are not known
+        raise ReloadError(
+            f"its {kind} are {_shown(new)}, and those that clients know are {_shown(old)}: serve it as another model"
+        )
+
+
+def _shown(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{spec.name} {datatype_name(spec.dtype)} {list(spec.shape)}" for spec in specs)
+
+
+def _log_start(name: str, started: asyncio.Future[GuardserveError | None]) -> None:
+    failure = None if started.cancelled() else started.result()
+    if failure is None:
+        _log.info("%s is ready", name)
+    else:
+        _log.error("%s is not ready: %s", name, failure, exc_info=failure.__cause__)
+
+
+def _free(model: weakref.ref[nn.Module]) -> None:
+    """Free a model that references in a circle keep: what was there at the start is frozen, and not looked through."""
+    if model() is None:
+        return
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    gc.collect()
+    if frozen:
+        gc.freeze()
