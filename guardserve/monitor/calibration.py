@@ -38,7 +38,7 @@ TAIL = 0.05
 UNKNOWN = 4
 """How many times longer than seen the tail is taken to be, beyond run lengths of as many samples as there are."""
 
-PARTS = 16
+PARTS = 8
 """Places of production's mean whose measurements are compared."""
 
 Thresholds = npt.NDArray[np.float64]
@@ -106,8 +106,20 @@ class Pool:
         distances: Array = (weights @ self.vectors.reshape(size, -1)).reshape(count, *shape)
         return distances
 
-    def plausible(self, count: int, fitted: int, rng: np.random.Generator) -> Iterator[Pool]:
-        """Yield the pool as it would be with its mean where that of production may be.
+    def half(self, rng: np.random.Generator) -> Pool:
+        """Return a random half; a stretch of a sequence."""
+        size = len(self.vectors)
+        rows = (
+            (rng.integers(size) + np.arange(size // 2)) % size if self.run > 1 else rng.permutation(size)[: size // 2]
+        )
+        return replace(self, vectors=self.vectors[rows], oddness=self.oddness[rows])
+
+    def moved(self, mean: Array) -> Pool:
+        """Return the pool with another mean, of shape ``(layers, width)``."""
+        return replace(self, vectors=self.vectors + (mean - self.vectors.mean(0)))
+
+    def plausible_means(self, count: int, fitted: int, rng: np.random.Generator) -> Array:
+        """Draw where the mean of production may be, shape ``(count, layers, width)``.
 
         The mean of ``m`` vectors is off by chance, which charts with a memory take for a shift. The whitening's centre
         is the mean of ``n`` other samples, and off by chance too. Given both, the mean of production is distributed
@@ -119,9 +131,10 @@ class Pool:
             rng: The source of chance.
         """
         size = len(self.vectors)
-        mean = self.vectors.mean(0)
-        for distance in self.chance(count, size + fitted, rng):
-            yield replace(self, vectors=self.vectors + (mean * np.float32(size / (size + fitted)) - mean + distance))
+        means: Array = self.vectors.mean(0) * np.float32(size / (size + fitted)) + self.chance(
+            count, size + fitted, rng
+        )
+        return means
 
 
 def dependent_run(vectors: Array) -> int:
@@ -264,23 +277,28 @@ def measure(
 ) -> RunLength:
     """Measure the average run length on vectors that took no part in fitting or thresholds.
 
-    Its interval covers both the simulation and the chance that picked these samples, and those that the whitening was
-    ``fitted`` to: streams differ in where the mean of production is (:meth:`Pool.plausible`).
+    Its interval covers the simulation, and the chance that picked these samples and those that the whitening was
+    ``fitted`` to: streams differ in where the mean of production is, and the spread between streams from random halves
+    of the samples is what one would find between fresh sets of samples.
     """
     horizons = [horizon for horizon in HORIZONS if horizon <= 2 * target_arl]
-    streams = STREAMS // PARTS
-    alarmed = [
-        largest_evidence(pool, dimensions, levels, streams=streams, horizons=horizons, rng=rng) >= thresholds[:, None]
-        for pool in held_out.plausible(PARTS, fitted, rng)
-    ]
-    counts = np.stack([part.any(1).sum(1) for part in alarmed])
-    some_left = np.flatnonzero(counts.sum(0) <= 0.8 * streams * PARTS)
+    streams = STREAMS // (2 * PARTS)
+
+    def alarms(pool: Pool) -> npt.NDArray[np.int64]:
+        largest = largest_evidence(pool, dimensions, levels, streams=streams, horizons=horizons, rng=rng)
+        alarmed: npt.NDArray[np.int64] = (largest >= thresholds[:, None]).any(1).sum(1)
+        return alarmed
+
+    means = held_out.plausible_means(PARTS, fitted, rng)
+    counts = np.sum([alarms(held_out.moved(mean)) for mean in means], axis=0)
+    some_left = np.flatnonzero(counts <= 0.8 * streams * PARTS)
     row = int(some_left[-1]) if len(some_left) else 0
-    total, horizon = int(counts[:, row].sum()), horizons[row]
-    logs = np.log([mean_run_length(int(count), streams, horizon) for count in counts[:, row]])
+    total, horizon = int(counts[row]), horizons[row]
+    mean_length = mean_run_length(total, streams * PARTS, horizon)
+    halves = [int(alarms(held_out.half(rng).moved(mean))[row]) for mean in means]
+    logs = np.log([mean_run_length(count, streams, horizon) for count in halves])
     error = 1.96 * math.sqrt(max(float(logs.var(ddof=1)), 1 / (total + 0.5)))
-    mean = mean_run_length(total, streams * PARTS, horizon)
-    return RunLength(mean, mean * math.exp(-error), mean * math.exp(error))
+    return RunLength(mean_length, mean_length * math.exp(-error), mean_length * math.exp(error))
 
 
 def mean_run_length(alarms: int, streams: int, horizon: int) -> float:

@@ -117,11 +117,13 @@ def test_chance_is_as_wide_as_the_error_of_a_mean() -> None:
 def test_held_out_vectors_are_moved_to_where_production_may_be() -> None:
     """About ``m / (n + m)`` of their mean, as wide as the mean of ``n + m``, and otherwise as they are."""
     vectors = np.random.default_rng(11).standard_normal((100, 2, 8)).astype(np.float32) + 1
-    pools = list(Pool(vectors, np.zeros(100, np.float32)).plausible(200, 300, np.random.default_rng(12)))
-    means = np.stack([pool.vectors.mean(0) for pool in pools])
+    pool = Pool(vectors, np.zeros(100, np.float32))
+    means = pool.plausible_means(200, 300, np.random.default_rng(12))
     np.testing.assert_allclose(means.mean(0), vectors.mean(0) / 4, atol=0.015)
     assert means.std(0).mean() == pytest.approx(1 / 20, rel=0.1)
-    np.testing.assert_allclose(pools[0].vectors - means[0], vectors - vectors.mean(0), atol=1e-5)
+    moved = pool.moved(means[0]).vectors
+    np.testing.assert_allclose(moved.mean(0), means[0], atol=1e-5)
+    np.testing.assert_allclose(moved - means[0], vectors - vectors.mean(0), atol=1e-5)
 
 
 def test_a_small_reference_measures_its_true_run_length() -> None:
