@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from guardserve.loading import load_model
 
 DOCKER = Path(__file__).parents[1] / "docker"
 MODEL = "digits_cnn"
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+REQUEST = "1-5f:{a}[b]/@=+~!#'"
 
 
 class Operators(http.server.ThreadingHTTPServer):
@@ -104,6 +108,13 @@ class Chain:
         """Wait until a series has been scraped a few times."""
         wait_until(lambda: any(len(series["values"]) > 5 for series in self.query(f"{metric}[10s]")))
 
+    def exemplars(self, expression: str) -> list[dict[str, str]]:
+        """Ask Prometheus for the ids of the exemplars of a minute."""
+        now = time.time()
+        parameters: dict[str, Any] = {"query": expression, "start": now - 60, "end": now}
+        answer = httpx.get(f"http://{self.prometheus}/api/v1/query_exemplars", params=parameters, trust_env=False)
+        return [one["labels"] for series in answer.raise_for_status().json()["data"] for one in series["exemplars"]]
+
     def firing(self) -> set[str]:
         """Name the alerts that fire."""
         return {alert["metric"]["alertname"] for alert in self.query('ALERTS{alertstate="firing"}')}
@@ -142,6 +153,7 @@ def watched(folder: Path, url: str, require_program: Callable[[str], str]) -> It
                 f"--config.file={folder / 'prometheus.yml'}",
                 f"--storage.tsdb.path={folder / 'prometheus'}",
                 f"--web.listen-address={prometheus}",
+                "--enable-feature=exemplar-storage",
                 "--log.level=warn",
             )
         )
@@ -151,7 +163,8 @@ def watched(folder: Path, url: str, require_program: Callable[[str], str]) -> It
 def infer(url: str, model: str, name: str, batch: torch.Tensor) -> httpx.Response:
     """Send a request."""
     tensor = {"name": name, "shape": list(batch.shape), "datatype": "FP32", "data": batch.flatten().tolist()}
-    return httpx.post(f"{url}/v2/models/{model}/infer", json={"inputs": [tensor]}, trust_env=False)
+    headers = {"X-Request-Id": REQUEST, "traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
+    return httpx.post(f"{url}/v2/models/{model}/infer", json={"inputs": [tensor]}, headers=headers, trust_env=False)
 
 
 def recognise(url: str, images: torch.Tensor) -> None:
@@ -238,7 +251,10 @@ def model():
 def test_outputs_that_are_not_numbers_wake_the_operators_until_they_end(
     tmp_path: Path, require_program: Callable[[str], str]
 ) -> None:
-    """One such answer is no alert; one again and again is, and what fails of it; good answers end both."""
+    """One such answer is no alert; one again and again is, and what fails of it; good answers end both.
+
+    Prometheus knows of a request with such an answer, and of one as long as that, by their ids.
+    """
     (tmp_path / "unstable.py").write_text(UNSTABLE)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     good, bad = torch.zeros(1, 2), torch.full((1, 2), 7.0)
@@ -260,4 +276,12 @@ def test_outputs_that_are_not_numbers_wake_the_operators_until_they_end(
         wait_until(more)
         told = chain.wait_for("firing", "GuardserveNonFiniteOutputs")
         assert told["labels"]["origin"] == "output"
+        for series in (
+            'guardserve_nonfinite_samples_total{origin="output"}',
+            "guardserve_request_duration_seconds_bucket",
+        ):
+            found = chain.exemplars(series)
+            assert found
+            assert all(labels == {"request_id": REQUEST, "trace_id": TRACE} for labels in found)
+        assert chain.exemplars("guardserve_forward_duration_seconds_bucket") == []
         chain.wait_for("resolved", "GuardserveNonFiniteOutputs")

@@ -66,7 +66,7 @@ def test_openmetrics_says_the_same_and_names_requests_that_stand_for_others(metr
         runtime.nonfinite_inputs([torch.full((2, 3), torch.nan)])
     text = metrics.render(OPENMETRICS).decode()
     assert text.endswith("# EOF\n")
-    families = {family.name: family for family in openmetrics_families(text)}
+    families = {family.name: family for family in openmetrics_families(text)}  # type: ignore[no-untyped-call]
     plain = {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
     assert {name for name in families if name.startswith("guardserve_")} == {
         name for name in plain if name.startswith("guardserve_")
