@@ -171,6 +171,11 @@ METRICS: dict[str, Description] = {
         "Share of the forwards' time that the monitor takes to read; absent before the first is timed.",
         ("model",),
     ),
+    "guardserve_layer_evidence": Description(
+        "gauge",
+        "Evidence of the layer after the last sample, as a share of what raises an alarm; only with a profile.",
+        ("model", "layer"),
+    ),
     "guardserve_layer_mean_shift": Description(
         "gauge", "Mean shift of the layer's input in the recent window, RMS over channels.", ("model", "layer")
     ),
@@ -385,6 +390,7 @@ class RuntimeCollector(Collector):
         if verdict.evidence is not None and verdict.evidence_threshold is not None:
             yield _family("guardserve_shift_evidence", [((model,), verdict.evidence)])
             yield _family("guardserve_shift_evidence_threshold", [((model,), verdict.evidence_threshold)])
+            yield _family("guardserve_layer_evidence", [((model, name), n) for name, n in verdict.layers.items()])
         if monitor.reference is not None:
             labels = (model, str(monitor.reference.samples), f"{runtime.target_arl:g}")
             yield _family("guardserve_reference_info", [(labels, 1)])

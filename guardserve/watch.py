@@ -65,7 +65,7 @@ class Point:
     Attributes:
         at: Its end, in seconds since the epoch.
         level: How far the evidence was, as a share of its alarm threshold; None while nothing was judged.
-        layers: Distance of each layer from its running statistics, by the layer's name.
+        layers: The same of each layer by itself, by its name.
         requests: Requests ended in each second of it.
         failed: Those of them that the server failed (5xx), per second.
         p50: Median duration of its requests, in seconds; None without any.
@@ -227,9 +227,8 @@ class Watch:
             ]
         )
         self.verdict, self.failure, self.looked_at = verdict, failure, now
-        layers = {layer.name: layer.wasserstein2 for layer in verdict.window.layers if verdict.score is not None}
         for memory in self.memories:
-            memory.add(now, alarm_level(verdict), layers, traffic)
+            memory.add(now, alarm_level(verdict), layer_levels(verdict), traffic)
 
     def _tell(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -309,6 +308,15 @@ def alarm_level(verdict: Verdict) -> float | None:
     if verdict.evidence is not None and verdict.evidence_threshold:
         return verdict.evidence / verdict.evidence_threshold
     return None if verdict.score is None else verdict.score / verdict.threshold
+
+
+def layer_levels(verdict: Verdict) -> Mapping[str, float]:
+    """Return the same for each layer: its evidence, or without a reference profile its distance from training."""
+    if verdict.evidence is not None:
+        return verdict.layers
+    if verdict.score is None:
+        return {}
+    return {layer.name: layer.wasserstein2 / verdict.threshold for layer in verdict.window.layers}
 
 
 def explain(verdict: Verdict) -> str:

@@ -68,6 +68,8 @@ class Detection:
         layer: The earliest layer that left its null; None unless shifted.
         channels: Its channels that moved most.
         reading: What the shift looks like; empty before the first alarm.
+        layers: Evidence of each layer after the last sample, by its name, in execution order, on the same scale: a
+            layer that reaches 1 raises an alarm by itself.
     """
 
     state: State
@@ -80,6 +82,7 @@ class Detection:
     layer: str | None
     channels: tuple[MovedChannel, ...]
     reading: str
+    layers: Mapping[str, float]
 
 
 class Detector:
@@ -185,7 +188,13 @@ class Detector:
             layer=self.profile.layers[self._lead] if shown else None,
             channels=moved_channels(self._average, self.profile, self._lead) if self._average is not None else (),
             reading=reading,
+            layers=dict(zip(self.profile.layers, self._layer_evidence(), strict=True)),
         )
+
+    def _layer_evidence(self) -> list[float]:
+        """Return each layer's largest evidence of a chart after the last sample, as a share of what alarms."""
+        relative: list[float] = (self._evidence / self._alarming[:, None]).max(0).tolist()
+        return relative
 
     def _judge_chunk(self, features: Array) -> None:
         with np.errstate(invalid="ignore", over="ignore"):

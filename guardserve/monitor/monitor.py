@@ -313,6 +313,7 @@ class Monitor:
                 alarm_at=detection.alarm_at,
                 channels=detection.channels,
                 reading=detection.reading,
+                layers=detection.layers,
             )
         if worst is None or learning:
             return Verdict("blind" if enough and not learning else "warming", seen, score, self.threshold, None, window)

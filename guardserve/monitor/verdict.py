@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from guardserve.monitor.detector import State
 from guardserve.monitor.diagnosis import MovedChannel
@@ -60,6 +61,7 @@ class Verdict:
         alarm_at: The sample, counted from 1, at which the last of them was raised; None before the first.
         channels: The channels of ``layer`` that moved most, with their direction, with a reference.
         reading: What the shift looks like, in a few words; empty before the first alarm.
+        layers: With a reference, the evidence of each layer after the last sample, as a share of what raises an alarm.
     """
 
     state: State
@@ -74,3 +76,4 @@ class Verdict:
     alarm_at: int | None = None
     channels: tuple[MovedChannel, ...] = ()
     reading: str = ""
+    layers: Mapping[str, float] = field(default_factory=dict)

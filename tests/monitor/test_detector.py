@@ -157,6 +157,22 @@ def test_channels_are_named_with_their_direction(model: nn.Module, profile: Refe
     assert {c.channel for c in verdict.channels} & set(moved.abs().argsort(descending=True)[:5].tolist())
 
 
+def test_each_layer_has_evidence_of_its_own_and_one_that_reaches_the_threshold_alarms(
+    model: nn.Module, profile: ReferenceProfile, clean: Sampler
+) -> None:
+    """On one scale: the largest is the detector's; a shift is beyond 1 where it begins, clean samples nowhere."""
+    calm, _ = watch(model, profile, clean(100, seed=10))
+    shifted, _ = watch(model, profile, torch.cat([clean(100, seed=10), brighter(clean(40, seed=11), 0.5)]))
+    for verdict in (calm, shifted):
+        assert tuple(verdict.layers) == profile.layers
+        assert max(verdict.layers.values()) == pytest.approx(verdict.evidence)
+    assert max(calm.layers.values()) < 1
+    assert shifted.layer is not None
+    assert shifted.layers[shifted.layer] > 1
+    with Monitor(model) as monitor:
+        assert monitor.verdict().layers == {}
+
+
 def test_states_follow_the_stream_with_hysteresis(model: nn.Module, profile: ReferenceProfile, clean: Sampler) -> None:
     """Warming, ok, shifted, then recovered only after many calm samples, then ok; the burst is remembered as one."""
     with Monitor(model.eval(), reference=profile, target_arl=12_000) as monitor, torch.inference_mode():

@@ -13,6 +13,7 @@ import torch
 from serving import free_port, loaded, wait_until
 from torch import nn
 
+from guardserve import ReferenceProfile
 from guardserve.audit import audit
 from guardserve.page.endpoints import HEADERS, STREAMS
 from guardserve.runtime import Runtime
@@ -44,9 +45,13 @@ class Net(nn.Module):
 
 
 @contextmanager
-def served(module: nn.Module, port: int = 0) -> Iterator[tuple[str, Runtime]]:
+def served(
+    module: nn.Module, port: int = 0, reference: ReferenceProfile | None = None
+) -> Iterator[tuple[str, Runtime]]:
     """Serve a module; give its URL."""
-    runtime = Runtime(loaded(module.eval()), shift_window=64, shift_min_samples=16)
+    runtime = Runtime(
+        loaded(module.eval()), shift_window=64, shift_min_samples=16, reference=reference, target_arl=1000
+    )
     with serve_in_background(create_app(runtime), port=port) as url:
         wait_until(lambda: runtime.failure is None)
         yield url, runtime
@@ -93,6 +98,7 @@ def test_it_says_what_it_does_not_know_then_that_all_is_well(page: Any) -> None:
         expect(page, "#title").to_have_text("Serving, not judged yet")
         expect(page, "#heat-note").to_contain_text("No layer has been judged yet")
         expect(page, "#note").to_contain_text("No reference profile")
+        expect(page, "#heat-said").to_contain_text("Distance of each layer from training")
         expect(page, "#traffic-said").to_have_text("No requests yet.")
         send(runtime)
         expect(page, "#title").to_have_text("Serving normally", timeout=10_000)
@@ -116,6 +122,28 @@ def test_a_shift_shows_without_a_reload_with_its_layer_direction_and_time(page: 
         expect(page, "#channels tbody tr >> nth=0").to_contain_text("+")
         expect(page, "#events").to_contain_text("shift at first")
         assert page.evaluate("getComputedStyle(document.querySelector('h1')).color") == "rgb(179, 38, 30)"
+
+
+def test_with_a_reference_layers_show_their_evidence(page: Any) -> None:
+    """As shares of the threshold, with the detector's own verdict above them."""
+    model = Net().eval()
+    torch.manual_seed(0)
+    profile = ReferenceProfile.fit(model, [torch.randn(1000, 3)], target_arl=1000)
+    with served(model, reference=profile) as (url, runtime):
+        send(runtime)
+        page.goto(f"{url}/ui")
+        expect(page, "#heat-said").to_contain_text("Evidence of each layer")
+        send(runtime, shift=3.0, batches=4)
+        expect(page, "#title").to_have_text("Shift, first seen at first", timeout=10_000)
+        expect(page, "#layers .lead").to_have_text("first")
+        evidence = pytest.approx(list(runtime.monitor.verdict().layers.values()), rel=0.01)
+        assert max(evidence.expected) > 1
+
+        def shown() -> Any:
+            state = httpx.get(f"{url}/ui/state", trust_env=False).json()
+            return state["memories"][0]["points"][-1]["layers"]
+
+        wait_until(lambda: shown() == evidence)
 
 
 def test_requests_and_failures_are_counted_and_named(page: Any) -> None:

@@ -1,7 +1,7 @@
 // The page at /ui: the state once, then what changes as server-sent events. No build, no library.
 const $ = (id) => document.getElementById(id);
 const SIGNS = { good: "●", watch: "▲", bad: "■", unknown: "○" };
-const HOT = 2; // running standard deviations at the hot end of the colours
+const HOT = 10; // alarm thresholds at the hot end of the colours
 const ROW = 20; // pixels of a layer, as in page.css
 
 let state = null; // what /ui/state answered, brought up to date by each event
@@ -186,7 +186,7 @@ function colours() {
   const parse = (name) => style.getPropertyValue(name).trim().match(/\w\w/g).map((part) => parseInt(part, 16));
   const cold = parse("--cold"), hot = parse("--hot");
   return (value) => {
-    const share = Math.sqrt(Math.min(1, value / HOT)); // small distances are to be told apart
+    const share = Math.log1p(Math.min(HOT, Math.max(0, value))) / Math.log1p(HOT); // small values are to be told apart
     return `rgb(${cold.map((from, i) => Math.round(from + share * (hot[i] - from))).join(" ")})`;
   };
 }
@@ -194,7 +194,8 @@ function colours() {
 function renderHeat() {
   const layers = state.layers, rows = layers.length, list = points(), interval = state.memories[shown].interval;
   const canvas = $("cells"), colour = colours(), scale = $("scale").getContext("2d");
-  for (let i = 0; i < 120; i++) { scale.fillStyle = colour((HOT * i) / 119); scale.fillRect(i, 0, 1, 10); }
+  for (let i = 0; i < 120; i++) { scale.fillStyle = colour(Math.expm1((Math.log1p(HOT) * i) / 119)); scale.fillRect(i, 0, 1, 10); }
+  $("heat-said").textContent = rows === 0 ? "" : state.now.judged_by.name === "evidence" ? "Evidence of each layer by itself against the reference profile: from 1 on, the threshold, it alarms." : "Distance of each layer from training, as a share of the threshold.";
   $("heat-note").textContent = rows === 0 ? "This model has no layer to watch." : list.some((point) => point.layers.some((value) => value !== null)) ? "" : "No layer has been judged yet: there must be enough samples first.";
   const { begin, end } = stretch(), columns = Math.max(1, Math.round((end - begin) / interval));
   canvas.width = columns;
