@@ -112,7 +112,7 @@ class EvalGuard:
         if hazards:
             self._meet("hazards", "; ".join(hazards), len(hazards))
         self._hold = EvalHold(model)
-        self._finalizer = weakref.finalize(self, self._hold.close)
+        self._finalizer = weakref.finalize(self, self._hold.abandon)
         self._watch = BufferWatch(model)
         self._watched = self._hold.generation
         self._inside = 0
@@ -133,7 +133,8 @@ class EvalGuard:
 
     def close(self) -> None:
         """Remove the guard's hooks from the model. It also happens when the guard is garbage."""
-        self._finalizer()
+        if self._finalizer.detach() is not None:
+            self._hold.close()
 
     @overload
     def __call__(self, function: Callable[P, R], /) -> Callable[P, R]: ...

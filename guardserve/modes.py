@@ -9,7 +9,7 @@ switched back when the last of them lets go.
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, MutableMapping
 from itertools import chain
 from operator import itemgetter
@@ -25,6 +25,10 @@ from torch.nn.modules.dropout import _DropoutNd
 _LOCK = threading.Lock()
 _switched: Counter[nn.Module] = Counter()
 _holds: list[EvalHold] = []
+
+# What was dropped without being left. The garbage collector finds that at any time, also in a thread that has _LOCK: it
+# is let go of as soon as the lock is free.
+_abandoned: deque[EvalHold] = deque()
 
 _training = itemgetter("training")
 
@@ -65,6 +69,7 @@ class EvalHold:
             if self.depth == 0:
                 _holds.append(self)
             self.depth += 1
+        _let_go_of_abandoned()
         return found
 
     def release(self) -> list[nn.Module]:
@@ -74,19 +79,8 @@ class EvalHold:
             The modules that somebody put in training mode during the hold.
         """
         with _LOCK:
-            flipped = self._newcomers() if self._has_grown() else []
-            flipped += self._switch_to_eval()
-            self.depth -= 1
-            if self.depth == 0:
-                _holds.remove(self)
-                for module, flags in self._held:
-                    others = _switched[module] - 1
-                    if others:
-                        _switched[module] = others
-                    else:
-                        del _switched[module]
-                        flags["training"] = True
-                self._held = []
+            flipped = self._release()
+        _let_go_of_abandoned()
         return flipped
 
     def names(self, modules: Iterable[nn.Module]) -> list[str]:
@@ -96,11 +90,37 @@ class EvalHold:
 
     def close(self) -> None:
         """Let go for every holder, and remove the hooks from the model."""
+        with _LOCK:
+            self._close()
+        _let_go_of_abandoned()
+
+    def abandon(self) -> None:
+        """Do what :meth:`close` does, as soon as that can be done without waiting for anybody: for finalizers."""
+        _abandoned.append(self)
+        _let_go_of_abandoned()
+
+    def _close(self) -> None:
         while self.depth:
-            self.release()
+            self._release()
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
+
+    def _release(self) -> list[nn.Module]:
+        flipped = self._newcomers() if self._has_grown() else []
+        flipped += self._switch_to_eval()
+        self.depth -= 1
+        if self.depth == 0:
+            _holds.remove(self)
+            for module, flags in self._held:
+                others = _switched[module] - 1
+                if others:
+                    _switched[module] = others
+                else:
+                    del _switched[module]
+                    flags["training"] = True
+            self._held = []
+        return flipped
 
     def _newcomers(self) -> list[nn.Module]:
         """Take in the modules that were made during the hold, in training mode as modules are; return those."""
@@ -160,6 +180,16 @@ class EvalHold:
         return tuple(chain.from_iterable(map(dict.values, self._containers)))
 
 
+def _let_go_of_abandoned() -> None:
+    """Close what was abandoned, unless somebody has the lock: who then comes here when it is free."""
+    while _abandoned and _LOCK.acquire(blocking=False):
+        try:
+            if _abandoned:
+                _abandoned.popleft()._close()  # noqa: SLF001
+        finally:
+            _LOCK.release()
+
+
 def _heeds_flag(module: nn.Module) -> bool:
     """Tell whether a layer's own forward may depend on its flag."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -184,6 +214,7 @@ class _KeepEval:
             vars(module)["training"] = False
             with _LOCK:
                 self.hold.interventions += 1
+            _let_go_of_abandoned()
 
     def __reduce__(self) -> tuple[type[_KeepEval], tuple[None]]:
         return _KeepEval, (None,)

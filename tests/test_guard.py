@@ -536,6 +536,33 @@ def test_copies_and_pickles_of_a_guarded_model_are_ordinary_models(net: Net) -> 
     torch.testing.assert_close(twin(X), guard(X))
 
 
+def test_the_garbage_collector_may_find_a_guard_anywhere() -> None:
+    """Also in a thread that is entering another one, for which the first must not wait: it would do so for ever."""
+    other = nn.Sequential(nn.BatchNorm1d(3))
+    surveys = 0
+
+    class Collecting(nn.Module):
+        def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+            nonlocal surveys
+            surveys += 1
+            gc.collect()
+            return super().modules(remove_duplicate)
+
+    outer = Collecting()
+    guard = EvalGuard(outer)
+    for _ in range(3):
+        dropped = EvalGuard(other)
+        dropped.acquire()
+        dropped.cycle = dropped  # type: ignore[attr-defined]  # only the collector finds it
+        del dropped
+        outer.child = nn.Linear(3, 3)  # the tree is listed anew, in acquire
+        before, training = surveys, other.training
+        with guard:
+            assert surveys > before
+            assert (training, other.training) == (False, True)
+        del outer.child
+
+
 def test_close_and_garbage_remove_every_hook(net: Net) -> None:
     """No handle stays on the model."""
 
