@@ -141,9 +141,9 @@ def test_with_a_reference_layers_show_their_evidence(page: Any) -> None:
 
         def shown() -> Any:
             state = httpx.get(f"{url}/ui/state", trust_env=False).json()
-            return state["memories"][0]["points"][-1]["layers"]
+            return [point["layers"] for point in state["memories"][0]["points"][-1:]]
 
-        wait_until(lambda: shown() == evidence)
+        wait_until(lambda: shown() == [evidence])
 
 
 def test_requests_and_failures_are_counted_and_named(page: Any) -> None:
