@@ -360,3 +360,34 @@ def test_a_model_that_fails_its_probe_is_not_tested_again() -> None:
         runtime.fail("another reason")
         assert "start-up probe" in runtime.failure
         assert engine.counts.recoveries == 0
+
+
+class Drawing(nn.Module):
+    """Answers the same input differently each time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add noise."""
+        return x + torch.rand(len(x), 1)
+
+
+def test_a_model_that_draws_its_answers_passes_its_self_tests() -> None:
+    """They look for finite outputs only, as there is no known answer."""
+    with engine_of(Drawing(), self_test_interval=0.05) as (engine, runtime):
+        time.sleep(0.5)
+        assert runtime.failure is None
+        assert engine.counts.faults["self_test"] == 0
+
+
+@pytest.mark.parametrize(("interval", "tested"), [(0.1, True), (0.0, False)])
+def test_a_model_that_breaks_while_nobody_asks_is_found_out_by_a_self_test(interval: float, tested: bool) -> None:
+    """It is unready and counted before a request meets it, and ready again when it works; without an interval not."""
+    model = Scripted()
+    with engine_of(model, self_test_interval=interval) as (engine, runtime):
+        model.memory = 0
+        time.sleep(0.5)
+        assert (runtime.failure is not None) is tested
+        assert engine.counts.faults["self_test"] == tested
+        assert bool(model.batches) is tested
+        model.memory = 1000
+        wait_until(lambda: runtime.failure is None, timeout=10)
+        assert engine.counts.recoveries == tested

@@ -28,6 +28,9 @@ from torch import nn
 from tritonclient.utils import InferenceServerException
 
 from guardserve import ReferenceProfile
+from guardserve.exceptions import ModelLoadError
+from guardserve.fingerprints import fingerprint
+from guardserve.loading import load_model
 from guardserve.runtime import Runtime
 from guardserve.service.access import Access
 from guardserve.service.app import create_app
@@ -485,19 +488,22 @@ def test_sighup_loads_the_weights_again_unless_they_or_the_profile_do_not_fit(tm
     assert "put it in the old one's place, and load the model again" in log
 
 
-def test_a_factory_that_gives_the_same_module_again_is_refused_before_it_is_touched(tmp_path: Path) -> None:
+def test_a_factory_that_gives_the_same_module_again_is_refused_before_it_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights loaded into the module that answers would change its answers at once."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "same_factories.py").write_text(FACTORY)
     weights = tmp_path / "weights.pt"
     write_weights(weights, bias=10)
-    with command(tmp_path, "factories:one", "--weights", "weights.pt", "--name", "net", "--input-shape", "3") as (
-        _,
-        client,
-    ):
-        write_weights(weights, bias=-10)
-        answer = client.post(LOAD)
-        assert answer.status_code == 422
-        assert "gives the same module each time" in answer.json()["error"]
-        assert min(asked(client)) > 5
+    served = load_model("same_factories:one", weights=weights, input_shapes=["3"]).module
+    before = fingerprint(served)
+    write_weights(weights, bias=-10)
+    with pytest.raises(ModelLoadError, match="gives the same module each time"):
+        load_model("same_factories:one", weights=weights, input_shapes=["3"], beside=served)
+    assert fingerprint(served) == before
+    again = load_model("same_factories:net", weights=weights, beside=served)
+    assert fingerprint(again.module) != before
 
 
 def test_loading_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
