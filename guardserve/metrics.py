@@ -29,7 +29,7 @@ from guardserve.engine import Engine
 from guardserve.identity import Exemplar, Identity
 from guardserve.monitor import State, Verdict
 from guardserve.runtime import Runtime
-from guardserve.totals import Totals, Version
+from guardserve.totals import ALARMS, Totals, Version
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -72,11 +72,14 @@ class Description(NamedTuple):
         kind: ``"counter"``, ``"gauge"`` or ``"histogram"``.
         help: What it says, in one sentence.
         labels: Its labels, in order.
+        pooled: How a gauge of several workers becomes one: ``"sum"``, ``"max"`` or ``"min"``. Counters and histograms
+            add up, and what a monitor says is made anew of what all have seen.
     """
 
     kind: str
     help: str
     labels: tuple[str, ...]
+    pooled: str = "max"
 
 
 NONFINITE = "guardserve_nonfinite_samples_total"
@@ -88,7 +91,7 @@ METRICS: dict[str, Description] = {
     "guardserve_request_errors_total": Description(
         "counter", "Inference requests that were refused or failed, by reason.", ("model", "reason")
     ),
-    "guardserve_requests_in_flight": Description("gauge", "Inference requests being worked on.", ("model",)),
+    "guardserve_requests_in_flight": Description("gauge", "Inference requests being worked on.", ("model",), "sum"),
     "guardserve_request_duration_seconds": Description(
         "histogram",
         "Time from a request's headers, or its body if that follows at once, until its answer is ready.",
@@ -98,7 +101,7 @@ METRICS: dict[str, Description] = {
         "histogram", "Time of one forward with its safeguards.", ("model",)
     ),
     "guardserve_batch_size": Description("histogram", "Rows of one forward.", ("model",)),
-    "guardserve_queue_size": Description("gauge", "Requests that wait for a forward.", ("model",)),
+    "guardserve_queue_size": Description("gauge", "Requests that wait for a forward.", ("model",), "sum"),
     "guardserve_queue_duration_seconds": Description(
         "histogram", "Time that a request waited for its forward to begin.", ("model",)
     ),
@@ -195,10 +198,16 @@ METRICS: dict[str, Description] = {
         "or their statistics are not finite.",
         ("model",),
     ),
-    "guardserve_model_ready": Description("gauge", "1 when the model has passed its start-up probe.", ("model",)),
+    "guardserve_model_ready": Description(
+        "gauge", "1 when the model has passed its start-up probe.", ("model",), "min"
+    ),
     "guardserve_model_info": Description(
         "gauge", "Always 1; what is served.", ("model", "platform", "device", "model_version")
     ),
+    "guardserve_workers": Description(
+        "gauge", "Processes that serve the model: up while they take connections, else down.", ("state",)
+    ),
+    "guardserve_worker_restarts_total": Description("counter", "Workers that ended and were started again.", ()),
     "guardserve_build_info": Description("gauge", "Always 1; what serves it.", ("version", "torch", "python")),
 }
 """Every metric that guardserve exports, beside the ``process_`` and ``python_`` ones of prometheus_client."""
@@ -248,10 +257,12 @@ class Metrics:
         reloads: Times that the model was to be loaded again, by outcome.
         totals: Counts of the model's versions.
         refresh: Called before a scrape, to look at the monitors anew; whoever looks regularly may put less here.
+        exposed: What a scrape shows: where several workers serve the model, all of them.
     """
 
     def __init__(self, runtime: Runtime, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry if registry is not None else CollectorRegistry()
+        self.exposed: Collector = self.registry
         self.model = runtime.name
         self.in_flight = 0
         # a counter that appears with its first increment hides that increment from rate() and increase()
@@ -272,6 +283,11 @@ class Metrics:
         self.registry.register(RuntimeCollector(self))
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
+
+    @property
+    def runtime(self) -> Runtime:
+        """The version of the model that answers requests."""
+        return self.totals.versions[-1].runtime
 
     def request_ended(
         self, status: int, seconds: float, reason: str | None = None, identity: Identity | None = None
@@ -321,7 +337,7 @@ class Metrics:
 
     def render(self, content_type: str = CONTENT_TYPE) -> bytes:
         """Return all metrics in Prometheus' text format, or with exemplars as :data:`OPENMETRICS`."""
-        return (openmetrics.generate_latest if content_type == OPENMETRICS else generate_latest)(self.registry)
+        return (openmetrics.generate_latest if content_type == OPENMETRICS else generate_latest)(self.exposed)
 
 
 class RequestCollector(Collector):
@@ -383,34 +399,48 @@ class RuntimeCollector(Collector):
         yield _family("guardserve_batchnorm_layers", observed)
         yield _family("guardserve_unobservable_channels", [((model,), unobservable)])
         yield _family("guardserve_shift_threshold", [((model,), monitor.threshold)])
-        states = [((model, state), state == verdict.state) for state in get_args(State)]
-        yield _family("guardserve_shift_state", states)
-        lead = [((model, verdict.layer), 1)] if verdict.state == "shifted" and verdict.layer is not None else []
-        yield _family("guardserve_shift_lead_layer", lead)
-        if verdict.evidence is not None and verdict.evidence_threshold is not None:
-            yield _family("guardserve_shift_evidence", [((model,), verdict.evidence)])
-            yield _family("guardserve_shift_evidence_threshold", [((model,), verdict.evidence_threshold)])
-            yield _family("guardserve_layer_evidence", [((model, name), n) for name, n in verdict.layers.items()])
         if monitor.reference is not None:
             labels = (model, str(monitor.reference.samples), f"{runtime.target_arl:g}")
             yield _family("guardserve_reference_info", [(labels, 1)])
         if monitor.share is not None:
             yield _family("guardserve_monitor_share", [((model,), monitor.share)])
-        yield from _shift(model, verdict)
+        yield from verdict_families(model, verdict)
+        yield from worker_families(1, 0, 0)
 
 
 Row = tuple[tuple[str, ...], float]
 
 
-def _shift(model: str, verdict: Verdict) -> Iterator[Metric]:
-    if verdict.score is None:
-        return
-    yield _family("guardserve_shift_score", [((model,), verdict.score)])
-    layers = verdict.window.layers
+def pooled_families(model: str, verdict: Verdict) -> Iterator[Metric]:
+    """Yield what a monitor of all workers' samples says, and how often it raised an alarm."""
+    yield from verdict_families(model, verdict)
+    yield _family(ALARMS, [((model,), verdict.alarms)])
+
+
+def worker_families(up: int, down: int, restarts: int) -> Iterator[Metric]:
+    """Yield what there is to say of workers; one process that serves by itself is one."""
+    yield _family("guardserve_workers", [(("up",), up), (("down",), down)])
+    yield _family("guardserve_worker_restarts_total", [((), restarts)])
+
+
+def verdict_families(model: str, verdict: Verdict) -> Iterator[Metric]:
+    """Yield what a monitor says: each of its metrics, some without a sample, so that they can replace another's."""
+    states = [((model, state), state == verdict.state) for state in get_args(State)]
+    yield _family("guardserve_shift_state", states)
+    lead = [((model, verdict.layer), 1)] if verdict.state == "shifted" and verdict.layer is not None else []
+    yield _family("guardserve_shift_lead_layer", lead)
+    for name, value in (
+        ("guardserve_shift_evidence", verdict.evidence),
+        ("guardserve_shift_evidence_threshold", verdict.evidence_threshold),
+        ("guardserve_shift_score", verdict.score),
+    ):
+        yield _family(name, [] if value is None else [((model,), value)])
+    yield _family("guardserve_layer_evidence", [((model, name), n) for name, n in verdict.layers.items()])
+    layers = () if verdict.score is None else verdict.window.layers
     yield _family("guardserve_layer_mean_shift", [((model, layer.name), layer.mean_shift) for layer in layers])
     yield _family("guardserve_layer_log_std_ratio", [((model, layer.name), layer.log_std_ratio) for layer in layers])
     yield _family("guardserve_layer_wasserstein2", [((model, layer.name), layer.wasserstein2) for layer in layers])
-    channels = verdict.window.worst_channels(WORST_CHANNELS)
+    channels = [] if verdict.score is None else verdict.window.worst_channels(WORST_CHANNELS)
     yield _family(
         "guardserve_channel_wasserstein2",
         [((model, layer, str(channel.channel)), channel.wasserstein2) for layer, channel in channels],
@@ -432,7 +462,7 @@ def _shown(exemplar: Exemplar) -> Shown:
 def _family(
     name: str, rows: Sequence[Row], exemplars: Mapping[tuple[str, ...], Shown] = MappingProxyType({})
 ) -> Metric:
-    kind, text, labels = METRICS[name]
+    kind, text, labels, _ = METRICS[name]
     family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
     metric: Any = family(name, text, labels=labels)
     for values, value in rows:
@@ -442,7 +472,7 @@ def _family(
 
 
 def _histogram(name: str, model: str, distribution: Distribution) -> Metric:
-    _, text, labels = METRICS[name]
+    _, text, labels, _ = METRICS[name]
     family = HistogramMetricFamily(name, text, labels=labels)
     bounds = [*(repr(float(bound)) for bound in distribution.bounds), "+Inf"]
     exemplars = [None if exemplar is None else _shown(exemplar) for exemplar in distribution.exemplars]

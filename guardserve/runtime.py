@@ -40,6 +40,9 @@ TRACE_INTERVAL = 10.0
 WORST_CHANNELS = 16
 """Channels of each layer that a verdict names."""
 
+UNPROBED = "the model has not been probed yet"
+"""Why a model is not ready before its start-up probe has ended."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -132,7 +135,7 @@ class Runtime:
         self.device = loaded.device
         self.signature = Signature(loaded.inputs)
         self.preprocessing = loaded.preprocessing
-        self.failure: str | None = "the model has not been probed yet"
+        self.failure: str | None = UNPROBED
         self.failing = False
         self.apart: str | None = None
         module = loaded.module if compile_for is None else _compiled(loaded)

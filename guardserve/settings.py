@@ -174,7 +174,16 @@ class ServeSettings(BaseSettings):
         ge=1,
         description="Seconds to finish accepted requests in after SIGTERM; what is not done by then is dropped.",
     )
-    threads: int | None = Field(None, ge=1, description="Threads of one forward on the CPU; by default torch's choice.")
+    threads: int | None = Field(
+        None, ge=1, description="Threads of one forward on the CPU; by default torch's choice, shared among --workers."
+    )
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Processes that serve the port, each with the model and limits of its own; /metrics shows them as "
+        "one. One that dies is started again.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log to write.")
     log_format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object each.")
     traces: bool = Field(
@@ -194,6 +203,15 @@ class ServeSettings(BaseSettings):
             raise ValueError(
                 f"--shift-min-samples {self.shift_min_samples} is more than --shift-window {self.shift_window} can "
                 "hold: lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _several_workers_can_do_it(self) -> ServeSettings:
+        if self.workers > 1 and self.grpc_port is not None:
+            raise ValueError(
+                f"--grpc-port does not work with --workers {self.workers}, which share the port of HTTP only: "
+                "serve gRPC with --workers 1"
             )
         return self
 

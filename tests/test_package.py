@@ -31,7 +31,7 @@ LEVELS = (
     {"watch"},
     {"page"},
     {"service"},
-    {"rpc"},
+    {"rpc", "workers"},
     {"demo"},
     {"cli", "pytest_plugin"},
 )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import math
-from contextlib import nullcontext
+import socket
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,9 @@ from guardserve.service.server import Server
 from guardserve.service.shift import ShiftPolicy
 from guardserve.settings import ENV_PREFIX, ServeSettings
 from guardserve.traces import traced
+from guardserve.workers import Link, Pool, Supervisor, WorkerServer, bind
+
+_log = logging.getLogger(__name__)
 
 
 @click.command(cls=Command)
@@ -62,6 +68,70 @@ def serve(model: str, **options: Any) -> None:
     """  # noqa: D301 - click reads the escape, it is not a literal backslash
     settings = given(options)
     configure_logs(settings.log_level, settings.log_format)
+    if settings.workers > 1:
+        _supervise(model, settings)
+    else:
+        _run(settings, _application(model, settings))
+
+
+def serve_in_worker(connection: Connection, sockets: list[socket.socket], model: str, settings: ServeSettings) -> None:
+    """Serve in a process of several, until a signal or the supervisor's end.
+
+    Args:
+        connection: The line to the supervisor.
+        sockets: To listen on.
+        model: See :func:`serve`.
+        settings: What it can be told.
+    """
+    configure_logs(settings.log_level, settings.log_format)
+    link = Link(connection)
+    try:
+        app = _application(model, settings)
+        with _traced(settings, app) as served:
+            server = WorkerServer(_config(settings, served), app.life, settings.drain_delay, link, app.metrics)
+            server.run(sockets)
+    except GuardserveError as error:
+        link.fail(str(error))
+        raise SystemExit(1) from None
+
+
+def _supervise(model: str, settings: ServeSettings) -> None:
+    """Have several workers serve until a signal.
+
+    Raises:
+        GuardserveError: If they do not start, or did not end as they should.
+    """
+    _access(settings)
+    reference, learned = _reference(settings)
+    if learned is not None or (reference is None and settings.reference_from_traffic is not None):
+        raise SettingsError(
+            f"--reference-from-traffic does not work with --workers {settings.workers}, of which each sees a share of "
+            "the traffic: make the profile with guardserve reference, or serve with --workers 1 until it is there"
+        )
+    path = None if reference is None else _reference_path(settings)
+    pool = Pool(window=settings.shift_window, reference=path, target_arl=settings.target_arl, state=settings.state)
+    own = settings.model_copy(
+        update={
+            "threads": settings.threads or max(1, torch.get_num_threads() // settings.workers),
+            "reference": path,
+            "reference_from_traffic": None,
+            "state": None,  # the pool's, which judges what all workers have seen
+        }
+    )
+    sockets = bind(settings.host, settings.port)
+    _log.info("%d workers for %s:%d", settings.workers, settings.host, sockets[0].getsockname()[1])
+    Supervisor(
+        serve_in_worker,
+        (model, own),
+        sockets=sockets,
+        workers=settings.workers,
+        pool=pool,
+        timeout=settings.drain_delay + 2 * settings.shutdown_timeout,
+    ).run()
+
+
+def _application(model: str, settings: ServeSettings) -> Service:
+    """Load the model, and make the application that serves it."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     access = _access(settings)
@@ -74,11 +144,12 @@ def serve(model: str, **options: Any) -> None:
         shift_policy=ShiftPolicy(settings.shift_policy, settings.shift_p_threshold),
         shutdown_timeout=settings.shutdown_timeout,
         load=functools.partial(_again, settings, model),
+        alone=settings.workers == 1,
     )
     # what is there now stays: looking through all of torch for garbage again and again would hold requests up
     gc.collect()
     gc.freeze()
-    _run(settings, app)
+    return app
 
 
 def _runtime(settings: ServeSettings, model: str, served: Runtime | None = None) -> Runtime:
@@ -142,23 +213,31 @@ def _run(settings: ServeSettings, app: Service) -> None:
     Raises:
         GuardserveError: If the server does not start.
     """
-    with traced(app) if settings.traces else nullcontext(app) as served:
-        config = uvicorn.Config(
-            served,
-            host=settings.host,
-            port=settings.port,
-            log_level=settings.log_level,
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=settings.shutdown_timeout,
-            ssl_certfile=settings.ssl_certfile,
-            ssl_keyfile=settings.ssl_keyfile,
-        )
-        server = Server(config, app.life, settings.drain_delay, _rpc(settings, served, app))
+    with _traced(settings, app) as served:
+        server = Server(_config(settings, served), app.life, settings.drain_delay, _rpc(settings, served, app))
         server.run()
     if not server.started:
         raise GuardserveError(f"the server did not start on {settings.host}:{settings.port}")
+
+
+def _traced(settings: ServeSettings, app: Service) -> AbstractContextManager[ASGIApp]:
+    return traced(app) if settings.traces else nullcontext(app)
+
+
+def _config(settings: ServeSettings, served: ASGIApp) -> uvicorn.Config:
+    """Return uvicorn's configuration."""
+    return uvicorn.Config(
+        served,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=settings.shutdown_timeout,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+    )
 
 
 def _rpc(settings: ServeSettings, served: ASGIApp, app: Service) -> RpcServer | None:
@@ -180,13 +259,17 @@ def _rpc(settings: ServeSettings, served: ASGIApp, app: Service) -> RpcServer | 
 
 def _reference(settings: ServeSettings) -> tuple[ReferenceProfile | None, Path | None]:
     """Load the reference profile; if it is to be made of what is served, say where to save it."""
-    path = settings.reference
-    if settings.reference_from_traffic is not None:
-        if path is None and settings.state is not None:
-            path = settings.state.with_name(f"{settings.state.name}.profile")
-        if path is None or not path.exists():
-            return None, path
+    path = _reference_path(settings)
+    if settings.reference_from_traffic is not None and (path is None or not path.exists()):
+        return None, path
     return None if path is None else ReferenceProfile.load(path), None
+
+
+def _reference_path(settings: ServeSettings) -> Path | None:
+    """Return the file of the reference profile; one that is made of what is served may not be there yet."""
+    if settings.reference is None and settings.reference_from_traffic is not None and settings.state is not None:
+        return settings.state.with_name(f"{settings.state.name}.profile")
+    return settings.reference
 
 
 def _check_threshold(settings: ServeSettings, reference: ReferenceProfile | None) -> None:

@@ -1,5 +1,6 @@
 """Live activation statistics of every BatchNorm layer, compared with its running statistics or with a reference."""
 
+from guardserve.monitor.accumulation import Seen
 from guardserve.monitor.calibration import RunLength
 from guardserve.monitor.detector import Detection, Detector, State
 from guardserve.monitor.diagnosis import MovedChannel
@@ -25,6 +26,7 @@ __all__ = [
     "ReferenceProfile",
     "ReferenceWarning",
     "RunLength",
+    "Seen",
     "Snapshot",
     "State",
     "StateKeeper",

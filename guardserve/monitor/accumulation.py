@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TypeAlias
 
@@ -122,6 +124,13 @@ class Scales:
             scale = self._scales[route] = Scale([self._points[index] for index in route])
         return scale
 
+    def prepare(self, seen: Seen) -> Seen:
+        """Return what is known of readable layers, once there is a scale for it: another process may have seen it."""
+        routes = {route: moments for route, moments in seen.routes.items() if self.readable(route)}
+        for route in routes:
+            self[route]
+        return replace(seen, routes=routes)
+
     def readable(self, route: tuple[int, ...]) -> bool:
         """Tell whether the layers of a route have running statistics still."""
         return all(self._points[index].readable for index in route)
@@ -145,16 +154,18 @@ class Seen:
         whole: Samples of whole forwards.
         parts: Samples that each layer saw when a part of the model was called by itself.
         routes: What each route has accumulated.
+        ended: When the last of it was accumulated, by the monotonic clock.
     """
 
     whole: int = 0
     parts: Counter[int] = field(default_factory=Counter)
     routes: dict[tuple[int, ...], RouteMoments] = field(default_factory=dict)
+    ended: float = -math.inf
 
     @classmethod
     def of(cls, records: Sequence[Record], scales: Scales) -> Seen:
         """Summarise what some forwards showed."""
-        seen = cls()
+        seen = cls(ended=time.monotonic())
         found: dict[tuple[int, ...], list[Rows]] = {}
         for record in records:
             if record.samples is None:
@@ -175,6 +186,7 @@ class Seen:
 
     def merge(self, other: Seen) -> None:
         """Take in what another has seen."""
+        self.ended = max(self.ended, other.ended)
         self.whole += other.whole
         self.parts.update(other.parts)
         for route, moments in other.routes.items():

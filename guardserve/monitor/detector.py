@@ -24,7 +24,7 @@ from guardserve.monitor.diagnosis import (
 )
 from guardserve.monitor.encoding import shorten
 from guardserve.monitor.features import Array
-from guardserve.monitor.merging import Summary
+from guardserve.monitor.merging import Summarizer, Summary
 from guardserve.monitor.profile_file import Arrays
 from guardserve.monitor.reference import ReferenceProfile
 
@@ -90,6 +90,7 @@ class Detector:
 
     Attributes:
         profile: The reference.
+        summarizer: What else is shown what :meth:`judge` takes, if anything.
 
     Args:
         profile: The reference.
@@ -101,6 +102,7 @@ class Detector:
 
     def __init__(self, profile: ReferenceProfile, target_arl: float) -> None:
         self.profile = profile
+        self.summarizer: Summarizer | None = None
         self._alarming = profile.threshold(target_arl)
         self._suspicious = profile.threshold(max(float(ARLS[0]), target_arl / SUSPICION)) / self._alarming
         self._rows = np.empty((LOOK_BACK + CHUNK, 2 * sum(profile.sketch.channels)), np.float32)
@@ -108,6 +110,8 @@ class Detector:
 
     def reset(self) -> None:
         """Forget every sample."""
+        if self.summarizer is not None:
+            self.summarizer.take()
         sketch = self.profile.sketch
         self._chart = Chart(1, sketch.dimensions, sketch.width)
         self._scores: deque[float] = deque(maxlen=SCORES)
@@ -207,7 +211,10 @@ class Detector:
         oddness = levels.oddness(length)
         p_values = iter(self.profile.p_values(oddness.max(1)).tolist())
         self._scores.extend(next(p_values) if good else math.nan for good in finite)
-        statistic = self._chart.run(shorten(vectors, levels.radius, length))
+        vectors_cut = shorten(vectors, levels.radius, length)
+        if self.summarizer is not None:
+            self.summarizer.add(len(finite) - len(features), standardised, vectors_cut, oddness)
+        statistic = self._chart.run(vectors_cut)
         evidence = np.concatenate([levels.evidence(statistic), oddness[:, None]], axis=1)
         positions = self._samples + 1 + np.flatnonzero(finite)
         self._samples += len(finite)

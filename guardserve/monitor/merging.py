@@ -6,7 +6,8 @@ sum over replicas is the summary that one replica would have made of all samples
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,10 @@ from guardserve.monitor.reference import ReferenceProfile
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
+
+
+INTERVAL = 1.0
+"""Seconds of an interval of the monotonic clock, which all processes of a machine share."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,3 +99,44 @@ class Summary:
         np.maximum.at(oddness, rows, np.concatenate([part.oddness for part in parts]))
         sums = {name: add(name) for name in ("samples", "nonfinite", "features", "vectors")}
         return Summary(digest=self.digest, intervals=names, oddness=oddness, **sums)  # type: ignore[arg-type]
+
+
+class Summarizer:
+    """Adds up what samples show while a detector judges them, by the second in which it does.
+
+    Args:
+        profile: The detector's.
+        clock: Seconds of a clock that all replicas share.
+    """
+
+    def __init__(self, profile: ReferenceProfile, clock: Callable[[], float] = time.monotonic) -> None:
+        self._digest = profile.digest
+        self._clock = clock
+        self._parts: list[Summary] = []
+
+    def add(self, nonfinite: int, features: Array, vectors: Array, oddness: Array) -> None:
+        """Take samples.
+
+        Args:
+            nonfinite: Those that cannot be judged, as they have NaN or infinity.
+            features: Standardised features of the others, shape ``(N, F)``.
+            vectors: Their whitened vectors cut to the radius, shape ``(N, layers, width)``.
+            oddness: Their oddness in each layer, shape ``(N, layers)``.
+        """
+        new = Summary(
+            digest=self._digest,
+            intervals=np.array([self._clock() // INTERVAL], np.int64),
+            samples=np.array([len(features) + nonfinite]),
+            nonfinite=np.array([nonfinite]),
+            features=features.sum(0, dtype=np.float64, keepdims=True),
+            vectors=vectors.sum(0, dtype=np.float64, keepdims=True),
+            oddness=oddness.max(0, keepdims=True, initial=-np.inf),
+        )
+        if self._parts and self._parts[-1].intervals[0] == new.intervals[0]:
+            new = self._parts.pop().merge(new)
+        self._parts.append(new)
+
+    def take(self) -> Summary | None:
+        """Return what the samples since the last call show; None without any."""
+        parts, self._parts = self._parts, []
+        return parts[0].merge(*parts[1:]) if parts else None

@@ -20,10 +20,11 @@ from typing_extensions import Self
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.monitor.accumulation import Constants, Scales, Seen, constants_of, same_constants
 from guardserve.monitor.budget import Budget
-from guardserve.monitor.detector import CHUNK, Detector, State
+from guardserve.monitor.detector import CHUNK, Detection, Detector, State
 from guardserve.monitor.effect_size import layer_shifts
 from guardserve.monitor.features import FeatureReader
 from guardserve.monitor.files import write_whole
+from guardserve.monitor.merging import Summarizer, Summary
 from guardserve.monitor.reading import VALUES
 from guardserve.monitor.reference import ReferenceProfile
 from guardserve.monitor.state_file import load_state, state_bytes
@@ -295,6 +296,51 @@ class Monitor:
             seen, recent = self._total.samples, self._recent()
             detection = None if self._detector is None else self._detector.detection()
             learning = self._lesson is not None
+        return self._conclude(seen, recent, detection, learning=learning)
+
+    def window(self, since: float) -> tuple[list[tuple[float, int]], Seen]:
+        """Return what the recent window holds, for another monitor of the same model to :meth:`judge`.
+
+        Args:
+            since: By the monotonic clock: parts of the window that ended before are left out of what they show.
+
+        Returns:
+            When each part of the window ended, and its samples; and what the parts show together.
+        """
+        with self._lock:
+            self._accumulate()
+            seen = Seen()
+            for part in self._windows:
+                if part.ended >= since:
+                    seen.merge(part)
+            return [(part.ended, part.samples) for part in self._windows if part.samples], seen
+
+    def judge(self, window: Seen, detection: Detection | None) -> Verdict:
+        """Say what this monitor makes of what several of the same model have seen in a recent window.
+
+        Args:
+            window: What they have seen, merged.
+            detection: What a detector makes of the samples of all, if there is a reference profile.
+        """
+        with self._lock:
+            window = self._scales.prepare(window)
+            learning = self._lesson is not None
+        return self._conclude(window.samples, window, detection, learning=learning)
+
+    def take_summary(self) -> Summary | None:
+        """Return what the samples since the last call show, for a detector of several monitors' samples.
+
+        The first call begins it. None without any, or without a reference profile.
+        """
+        with self._lock:
+            self._accumulate()
+            if self._detector is None:
+                return None
+            if self._detector.summarizer is None:
+                self._detector.summarizer = Summarizer(self._detector.profile)
+            return self._detector.summarizer.take()
+
+    def _conclude(self, seen: int, recent: Seen, detection: Detection | None, *, learning: bool) -> Verdict:
         window = self._summarise(recent)
         enough = window.samples >= self._min_samples
         worst = window.worst_layer if enough else None

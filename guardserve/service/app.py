@@ -42,11 +42,13 @@ class Service(FastAPI):
     Attributes:
         life: Where the server stands; whoever stops it says so here.
         access: Who may ask.
+        metrics: What is counted.
         gateway: What answers inference requests.
     """
 
     life: Life
     access: Access
+    metrics: Metrics
     gateway: Gateway
 
     def shortcut(self, scope: Scope) -> Gateway | None:
@@ -90,6 +92,7 @@ def create_app(
     shift_policy: ShiftPolicy | None = None,
     shutdown_timeout: float = 30.0,
     load: Load | None = None,
+    alone: bool = True,
 ) -> Service:
     """Build the application.
 
@@ -105,6 +108,7 @@ def create_app(
         shift_policy: What is done about samples unlike the reference profile; by default nothing.
         shutdown_timeout: Seconds to finish accepted requests in when it stops.
         load: What loads the model again, for SIGHUP and authorised calls; see :class:`Versions`.
+        alone: Whether no other process serves the model: calls would reach one of them, signals reach all.
     """
     metrics = Metrics(runtime)
     limits = limits or Limits()
@@ -134,10 +138,11 @@ def create_app(
         redirect_slashes=False,
     )
     app.life = life
+    app.metrics = metrics
     app.access = access or Access()
     app.gateway = gateway
     app.include_router(ProtocolEndpoints(gateway, life).router())
-    if load is not None:
+    if load is not None and alone:
         app.include_router(Repository(versions, app.access).router())
     app.include_router(metrics_router(metrics))
     # the page's streams do not end by themselves

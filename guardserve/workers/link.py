@@ -1,0 +1,113 @@
+"""A worker's end of the line: it reports what it has counted, and shows what all have."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from multiprocessing.connection import Connection
+
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from guardserve.exceptions import GuardserveError
+from guardserve.metrics import Metrics, pooled_families
+from guardserve.monitor import Seen
+from guardserve.workers.families import replaced
+from guardserve.workers.messages import Collect, Failed, Hurry, Line, Pooled, Report, Scrape, Up
+
+_log = logging.getLogger(__name__)
+
+SCRAPE_TIMEOUT = 5.0
+"""Seconds to wait for the supervisor, which waits for workers much less long."""
+
+
+class Link(Collector):
+    """Tells the supervisor what this worker has counted, and collects what all have.
+
+    Args:
+        connection: The line to the supervisor.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._line = Line(connection)
+        self._tickets = itertools.count()
+        self._scrapes: dict[int, Future[Pooled]] = {}
+
+    def attach(self, metrics: Metrics, leave: Callable[[], object]) -> None:
+        """Report these metrics from now on, and have scrapes show those of all workers.
+
+        Args:
+            metrics: This worker's.
+            leave: Called, in a thread, when the supervisor is in a hurry, or gone.
+        """
+        self._metrics = metrics
+        metrics.exposed = self
+        threading.Thread(target=self._listen, args=(leave,), name="guardserve-link", daemon=True).start()
+
+    def up(self) -> None:
+        """Say that this worker takes connections."""
+        self._metrics.runtime.monitor.take_summary()  # what the probe showed, and from now on requests
+        self._say(Up())
+
+    def fail(self, reason: str) -> None:
+        """Say why this worker does not start."""
+        self._say(Failed(reason))
+
+    def close(self) -> None:
+        """Say the last word: what was counted to the end."""
+        self._say(Report(None, list(self._metrics.registry.collect())))
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what all workers have counted, and what this one's monitor makes of what all have seen.
+
+        Raises:
+            GuardserveError: If the supervisor does not tell. With what one worker has counted counters would go back.
+        """
+        ticket = next(self._tickets)
+        answer = self._scrapes[ticket] = Future()
+        try:
+            self._line.send(Scrape(ticket))
+            pooled = answer.result(SCRAPE_TIMEOUT)
+        except (OSError, FutureTimeoutError) as error:
+            raise GuardserveError("the supervisor of this worker does not answer: there are no metrics now") from error
+        finally:
+            del self._scrapes[ticket]
+        runtime = self._metrics.runtime
+        seen = pooled.seen if pooled.version == runtime.fingerprint else Seen()  # it was loaded again just now
+        verdict = runtime.monitor.judge(seen, pooled.detection)
+        yield from replaced(pooled.families, list(pooled_families(runtime.name, verdict)))
+
+    def _say(self, message: Up | Failed | Report) -> None:
+        try:
+            self._line.send(message)
+        except OSError:
+            _log.warning("the supervisor of this worker is gone")
+
+    def _listen(self, leave: Callable[[], object]) -> None:
+        while True:
+            try:
+                message = self._line.receive()
+                if isinstance(message, Collect):
+                    self._line.send(self._report(message))
+                elif isinstance(message, Hurry):
+                    leave()
+            except (EOFError, OSError):  # noqa: PERF203 - the end of the line is that of the loop
+                break
+            except Exception:  # noqa: BLE001 - the supervisor has the last report, and asks again
+                _log.exception("this worker could not tell its metrics")
+            else:
+                waiting = self._scrapes.get(message.ticket) if isinstance(message, Pooled) else None
+                if waiting is not None:
+                    waiting.set_result(message)
+        _log.error("the supervisor of this worker is gone: it answers what it has accepted, and ends")
+        leave()
+
+    def _report(self, asked: Collect) -> Report:
+        runtime = self._metrics.runtime
+        families = list(self._metrics.registry.collect())
+        window, seen = runtime.monitor.window(asked.since)
+        return Report(asked.round, families, runtime.fingerprint, window, seen, runtime.monitor.take_summary())

@@ -1,0 +1,136 @@
+"""What a supervisor makes of its workers' reports: one exposition, one window, one detector."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+
+from guardserve.exceptions import ReferenceProfileError
+from guardserve.metrics import worker_families
+from guardserve.monitor import Detection, Detector, ReferenceProfile, Seen, Summary, load_state, save_state
+from guardserve.workers.families import Families, counted, merge, replaced
+from guardserve.workers.messages import Report
+
+_log = logging.getLogger(__name__)
+
+SAVE_FAILURES = "guardserve_state_save_failures"
+
+
+class Pool:
+    """Adds up what workers report, those that have ended included.
+
+    Args:
+        window: Samples in the recent window of all workers together.
+        reference: File of the profile of what clean data look like; a detector then judges all workers' samples,
+            interval by interval, as one would that saw them all. It is read again when workers have another.
+        target_arl: With a reference, samples between false alarms, on average.
+        state: File that the detector's memory is loaded from, if it is there, and saved to.
+
+    Raises:
+        DetectorStateError: If the state is damaged, or of a detector with another profile.
+    """
+
+    def __init__(
+        self,
+        *,
+        window: int = 256,
+        reference: Path | None = None,
+        target_arl: float = 10_000,
+        state: Path | None = None,
+    ) -> None:
+        self._window = window
+        self._reference = reference
+        self._target_arl = target_arl
+        self._detector = None if reference is None else Detector(ReferenceProfile.load(reference), target_arl)
+        self._alarms = 0
+        self._state = state
+        self._retained: Families = []
+        self._own = CollectorRegistry()
+        ProcessCollector(registry=self._own)
+        self._failures = 0
+        if self._detector is not None and state is not None:
+            load_state(state, self._detector)
+
+    @property
+    def detection(self) -> Detection | None:
+        """What the detector makes of all samples so far, with the alarms of those before; None without a reference."""
+        if self._detector is None:
+            return None
+        detection = self._detector.detection()
+        return replace(detection, alarms=self._alarms + detection.alarms)
+
+    def retain(self, report: Report) -> None:
+        """Keep what a worker that has ended had counted."""
+        self._retained = merge([self._retained, counted(report.families)])
+
+    def judge(self, reports: Iterable[Report]) -> None:
+        """Show the detector what workers have seen since they last reported."""
+        summaries: dict[str, list[Summary]] = {}
+        for report in reports:
+            if report.summary is not None:
+                summaries.setdefault(report.summary.digest, []).append(report.summary)
+        for digest, (first, *others) in summaries.items():
+            detector = self._judging_by(digest)
+            if detector is not None:
+                detector.judge_summary(first.merge(*others))
+
+    def families(self, reports: Iterable[Report], *, up: int, down: int, restarts: int) -> Families:
+        """Make one exposition of reports, of what was retained, and of this process.
+
+        Args:
+            reports: The last one of each worker.
+            up: Workers that take connections.
+            down: Workers that do not.
+            restarts: Workers that were started again so far.
+        """
+        pooled = merge([self._retained, list(self._own.collect()), *(report.families for report in reports)])
+        for family in pooled:
+            if family.name == SAVE_FAILURES:
+                family.samples = [one._replace(value=one.value + self._failures) for one in family.samples]
+        return replaced(pooled, list(worker_families(up, down, restarts)))
+
+    def since(self, reports: Iterable[Report]) -> float:
+        """Return when the recent window of all workers together begins, by the parts of theirs that they told."""
+        samples = 0
+        for ended, part in sorted((part for report in reports for part in report.window), reverse=True):
+            samples += part
+            if samples >= self._window:
+                return ended
+        return 0.0
+
+    def seen(self, reports: Iterable[Report], version: str) -> Seen:
+        """Return what the windows of the workers that serve a version of the model show together."""
+        seen = Seen()
+        for report in reports:
+            if report.version == version:
+                seen.merge(report.seen)
+        return seen
+
+    def _judging_by(self, digest: str) -> Detector | None:
+        """Return the detector, with the profile that workers have loaded again if need be; None if it is not there."""
+        if self._detector is None or self._reference is None or self._detector.profile.digest == digest:
+            return self._detector
+        try:
+            profile = ReferenceProfile.load(self._reference)
+        except ReferenceProfileError as error:
+            _log.error("samples go unjudged: %s", error)
+            return None
+        if profile.digest != digest:
+            return None  # from before, of a worker that has not loaded it yet
+        self._alarms += self._detector.detection().alarms
+        self._detector = Detector(profile, self._target_arl)
+        return self._detector
+
+    def save(self) -> None:
+        """Write what the detector remembers, if there is a file for it; what cannot be written is logged."""
+        if self._detector is None or self._state is None:
+            return
+        try:
+            save_state(self._state, self._detector)
+        except OSError as error:
+            self._failures += 1
+            _log.error("the detector's state could not be saved to %s, which is tried again: %s", self._state, error)

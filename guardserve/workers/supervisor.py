@@ -1,0 +1,426 @@
+"""The process that starts the workers, starts them again, collects what they count, and ends them.
+
+uvicorn has a supervisor too. It is not used: it starts a worker that dies at once again and again, kills without a word
+one that is busy, ends without a status, and has no line on which workers could tell what they have counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+from typing import Any
+
+from guardserve.exceptions import GuardserveError
+from guardserve.workers.messages import Collect, Failed, Hurry, Line, Pooled, Report, Scrape, Up
+from guardserve.workers.pool import Pool
+
+_log = logging.getLogger(__name__)
+
+POLL_INTERVAL = 2.0
+"""Seconds between two times that the workers are asked for what they have counted, scraped or not."""
+
+PATIENCE = 0.5
+"""Seconds that workers have to report: after that, the last report of one that is busy or hangs is used."""
+
+STUCK = 5
+"""Seconds that a worker may stop in the middle of a message; then its line is lost, and it is ended."""
+
+BACKOFF = 0.5
+"""Seconds until a worker that died is started again; twice as many each time that it dies young."""
+
+LONGEST_BACKOFF = 30.0
+
+GROWN_UP = 60.0
+"""Seconds of taking connections after which a death is the first again."""
+
+ATTEMPTS = 5
+"""Starts in a row that may fail while no worker takes connections."""
+
+SAVE_INTERVAL = 60.0
+"""Seconds between two times that the pool's state is saved."""
+
+MARGIN = 10.0
+"""Seconds beyond its own timeouts that a worker has to end in; then it is killed."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+Target = Callable[..., None]
+"""What a worker runs: its end of the line, the sockets, and the arguments that the supervisor was given."""
+
+
+class Supervisor:
+    """Keeps so many workers at work on the same sockets until a signal.
+
+    Args:
+        target: What each of them runs, in a process of its own that is not forked.
+        arguments: For it; they are pickled.
+        sockets: Bound, not yet listening.
+        workers: Their number.
+        pool: Where their reports come together.
+        timeout: Seconds that a worker may take to end once it is told to.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        arguments: Sequence[Any],
+        *,
+        sockets: Sequence[socket.socket],
+        workers: int,
+        pool: Pool,
+        timeout: float,
+    ) -> None:
+        self._target = target
+        self._arguments = arguments
+        self._sockets = sockets
+        self._workers = [_Worker(number) for number in range(1, workers + 1)]
+        self._pool = pool
+        self._timeout = timeout
+        self._signals: list[int] = []
+        self._ends_by: float | None = None
+        self._restarts = 0
+        self._failed_starts = 0
+        self._was_up = False
+        self._round = 0
+        self._round_ends: float | None = None
+        self._asked: set[int] = set()
+        self._waiting: list[tuple[_Worker, int]] = []
+        self._next_waiting: list[tuple[_Worker, int]] = []
+        self._next_round = self._next_save = 0.0
+
+    def run(self) -> None:
+        """Serve until a signal, then have every worker answer what it has accepted; call it on the main thread.
+
+        Raises:
+            GuardserveError: If workers cannot be started, or did not end as they should.
+        """
+        with ExitStack() as stack:
+            wakeup = stack.enter_context(self._signalled())
+            stack.callback(self._abandon)
+            for worker in self._workers:
+                self._start(worker)
+            self._next_save = time.monotonic() + SAVE_INTERVAL
+            while any(worker.process is not None for worker in self._workers) or self._ends_by is None:
+                self._turn(wakeup)
+            self._pool.save()
+        killed = [worker.number for worker in self._workers if worker.lost]
+        if killed:
+            raise GuardserveError(f"workers {killed} did not answer all that they had accepted: see the log")
+
+    def _turn(self, wakeup: socket.socket) -> None:
+        """Wait until something happens, and see to it."""
+        alive = [worker for worker in self._workers if worker.process is not None]
+        lines = {worker.line.connection: worker for worker in alive if worker.line is not None}
+        sentinels = [worker.process.sentinel for worker in alive if worker.process is not None]
+        ready = wait([wakeup, *lines, *sentinels], max(0.0, self._next_moment() - time.monotonic()))
+        if wakeup in ready:
+            with suppress(BlockingIOError):
+                wakeup.recv(1024)
+        self._obey()
+        for connection, worker in lines.items():
+            if connection in ready:
+                self._hear(worker)
+        for worker in alive:
+            if worker.process is not None and worker.process.exitcode is not None:
+                self._bury(worker)
+        self._in_time()
+
+    def _next_moment(self) -> float:
+        """Return when something is due though nothing happens."""
+        moments = [self._next_save]
+        if self._round_ends is not None:
+            moments.append(self._round_ends)
+        elif any(worker.up for worker in self._workers):
+            moments.append(self._next_round)
+        if self._ends_by is not None:
+            moments.append(self._ends_by)
+        else:
+            moments += [worker.starts_at for worker in self._workers if worker.process is None]
+        return min(moments)
+
+    def _in_time(self) -> None:
+        """Do what is due."""
+        now = time.monotonic()
+        if self._ends_by is None:
+            for worker in self._workers:
+                if worker.process is None and worker.starts_at <= now:
+                    self._restarts += 1
+                    self._start(worker)
+        elif self._ends_by <= now:
+            for worker in self._workers:
+                worker.end("did not end in time")
+            self._ends_by = math.inf
+        if now >= self._next_save:
+            self._next_save = now + SAVE_INTERVAL
+            self._pool.save()
+        if self._round_ends is not None and (now >= self._round_ends or not self._asked):
+            self._end_round()
+        if self._round_ends is None and (self._next_waiting or now >= self._next_round):
+            self._begin_round()
+
+    @contextmanager
+    def _signalled(self) -> Iterator[socket.socket]:
+        """Take the signals, and have each of them wake whoever waits for the socket."""
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            del frame
+            self._signals.append(number)
+
+        read, write = socket.socketpair()
+        with read, write:
+            write.setblocking(False)
+            read.setblocking(False)
+            before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+            handlers = {number: signal.signal(number, remember) for number in SIGNALS}
+            try:
+                yield read
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+                signal.set_wakeup_fd(before)
+
+    def _obey(self) -> None:
+        """Pass signals on: the first begins the end."""
+        while self._signals:
+            if self._signals.pop() == signal.SIGHUP:
+                self._hang_up()
+            elif self._ends_by is None:
+                _log.info("the workers finish what they have accepted")
+                self._end()
+            else:
+                for worker in self._workers:
+                    self._tell(worker, Hurry())
+
+    def _hang_up(self) -> None:
+        """Have those that have a model load it again; the others are about to load it anyway."""
+        for worker in self._workers:
+            if worker.up and worker.pid is not None:
+                os.kill(worker.pid, signal.SIGHUP)
+
+    def _end(self) -> None:
+        """Have every worker end; none is started again."""
+        self._ends_by = time.monotonic() + self._timeout + MARGIN
+        # the last worker to close its own takes what has connected; after that nobody may connect and wait in vain
+        for sock in self._sockets:
+            sock.close()
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.terminate()
+
+    def _abandon(self) -> None:
+        """End what is there still, as nobody sees to it any more."""
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.kill()
+                worker.process.join()
+                worker.forget()
+
+    def _start(self, worker: _Worker) -> None:
+        context = get_context("spawn")
+        mine, theirs = context.Pipe()
+        _limit(mine)
+        arguments = (theirs, list(self._sockets), *self._arguments)
+        name = f"guardserve-worker-{worker.number}"
+        process = context.Process(target=self._target, args=arguments, name=name)
+        # Ctrl-C reaches the whole group of processes, but is this one's to tell, also before a worker can ignore it
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        theirs.close()
+        worker.process, worker.line, worker.report, worker.up_since = process, Line(mine), None, None
+
+    def _hear(self, worker: _Worker) -> None:
+        """Take a message."""
+        if worker.line is None:
+            return
+        try:
+            message = worker.line.receive()
+        except (EOFError, OSError) as error:
+            if not isinstance(error, (EOFError, ConnectionError)):
+                worker.end("stopped in the middle of a message")
+            worker.hang_up()
+            return
+        if isinstance(message, Up):
+            worker.up_since = time.monotonic()
+            self._was_up, self._failed_starts = True, 0
+            _log.info("worker %d takes connections (process %s)", worker.number, worker.pid)
+        elif isinstance(message, Failed):
+            worker.reason = message.reason
+        elif isinstance(message, Scrape):
+            self._next_waiting.append((worker, message.ticket))
+        elif isinstance(message, Report):
+            worker.report = message
+            self._pool.judge([message] if message.round != self._round else [])
+            if message.round == self._round:
+                worker.fresh = True
+                self._asked.discard(worker.number)
+
+    def _bury(self, worker: _Worker) -> None:
+        """Keep what an ended worker had counted, and see whether it is to be started again."""
+        process = worker.process
+        if process is None:
+            return
+        while worker.line is not None and worker.line.connection.poll():
+            self._hear(worker)
+        if worker.report is not None:
+            self._pool.retain(worker.report)
+        status, age = process.exitcode, worker.age
+        worker.forget()
+        self._asked.discard(worker.number)
+        process.close()
+        if self._ends_by is not None:
+            worker.lost = worker.lost or (age is not None and status != 0)
+            return
+        if age is None:
+            self._failed_start(worker, status)
+        worker.deaths = 1 if age is not None and age >= GROWN_UP else worker.deaths + 1
+        delay = min(BACKOFF * 2 ** (worker.deaths - 1), LONGEST_BACKOFF)
+        worker.starts_at = time.monotonic() + delay
+        _log.error(
+            "worker %d has ended%s: it is started again in %.1f s",
+            worker.number,
+            _words(status),
+            delay,
+            extra={"event": "worker", "worker": worker.number},
+        )
+
+    def _failed_start(self, worker: _Worker, status: int | None) -> None:
+        """Give up if no worker can be started.
+
+        Raises:
+            GuardserveError: If so.
+        """
+        self._failed_starts += 1
+        if not self._was_up or (self._failed_starts >= ATTEMPTS and not any(other.up for other in self._workers)):
+            raise GuardserveError(worker.reason or f"worker {worker.number} ended{_words(status)} before it was up")
+
+    def _begin_round(self) -> None:
+        """Ask every worker for what it has counted."""
+        now = time.monotonic()
+        self._round += 1
+        self._round_ends, self._next_round = now + PATIENCE, now + POLL_INTERVAL
+        self._waiting, self._next_waiting = self._next_waiting, []
+        since = self._pool.since(self._reports())
+        for worker in self._workers:
+            worker.fresh = False
+            if worker.up and worker.caught_up:
+                worker.asked = self._round
+                if self._tell(worker, Collect(self._round, since)):
+                    self._asked.add(worker.number)
+
+    def _end_round(self) -> None:
+        """Tell those who wait what all workers have counted."""
+        self._round_ends = None
+        self._asked.clear()
+        reports = self._reports()
+        self._pool.judge([worker.report for worker in self._workers if worker.fresh and worker.report is not None])
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        up = sum(worker.up for worker in self._workers)
+        families = self._pool.families(reports, up=up, down=len(self._workers) - up, restarts=self._restarts)
+        detection = self._pool.detection
+        for worker, ticket in waiting:
+            version = "" if worker.report is None else worker.report.version
+            self._tell(worker, Pooled(ticket, families, version, self._pool.seen(reports, version), detection))
+
+    def _reports(self) -> list[Report]:
+        return [worker.report for worker in self._workers if worker.report is not None]
+
+    def _tell(self, worker: _Worker, message: Collect | Pooled | Hurry) -> bool:
+        try:
+            if worker.line is not None:
+                worker.line.send(message)
+                return True
+        except BlockingIOError:
+            worker.end("takes no message")
+        except OSError:
+            pass  # it has ended, and its sentinel tells
+        return False
+
+
+class _Worker:
+    """One worker, and what is known of it.
+
+    Args:
+        number: Its number, from 1 on; a process that is started in the place of another has the same.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.process: SpawnProcess | None = None
+        self.line: Line | None = None
+        self.report: Report | None = None
+        self.fresh = False
+        self.asked = 0
+        self.up_since: float | None = None
+        self.starts_at = 0.0
+        self.deaths = 0
+        self.reason: str | None = None
+        self.lost = False
+
+    @property
+    def up(self) -> bool:
+        """Whether it takes connections."""
+        return self.up_since is not None
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since it takes connections; None if it does not."""
+        return None if self.up_since is None else time.monotonic() - self.up_since
+
+    @property
+    def pid(self) -> int | None:
+        """The process's number."""
+        return None if self.process is None else self.process.pid
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether it has answered all that it was asked."""
+        return self.asked == 0 or (self.report is not None and self.report.round == self.asked)
+
+    def end(self, reason: str) -> None:
+        """End the process at once."""
+        if self.process is not None:
+            _log.error("worker %d %s: it is killed", self.number, reason)
+            self.process.kill()
+
+    def hang_up(self) -> None:
+        """Close the line."""
+        if self.line is not None:
+            self.line.connection.close()
+            self.line = None
+
+    def forget(self) -> None:
+        """Forget a process that has ended."""
+        self.hang_up()
+        self.process = self.report = self.up_since = None
+        self.asked = 0
+
+
+def _limit(connection: Connection) -> None:
+    """Let neither sending nor the rest of a message take for ever: a process may be stopped at any moment."""
+    with socket.socket(fileno=connection.fileno()) as sock:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STUCK, 0))
+        sock.detach()
+
+
+def _words(status: int | None) -> str:
+    """Tell how a process ended."""
+    if status is not None and status < 0:
+        return f" by {signal.Signals(-status).name}"
+    return "" if status is None else f" with status {status}"
