@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,12 @@ from guardserve.monitor.effect_size import LayerMoments
 from guardserve.monitor.reading import Rows
 from guardserve.monitor.taps import Record
 from guardserve.stats import Moments
+
+_AT_ONCE = 64
+"""Rows that are added up in their own type: it rounds like this many additions."""
+
+_CACHED = 2**16
+"""Values that are summed up together, about."""
 
 ROUTES = 8
 """Ways through a model whose layers are kept side by side; those of any further way are kept one by one."""
@@ -57,6 +63,7 @@ class Scale:
         known = scale.isfinite() & location.isfinite()
         self._known = known.numpy()
         self._scale = scale.where(known, 1.0).numpy()
+        self._squared_scale = np.square(self._scale)
         anchor = torch.cat([point.anchor.double().cpu() for point in points])
         self._offset = (anchor - location).where(known, 0.0).numpy()
 
@@ -66,33 +73,23 @@ class Scale:
 
     def moments(self, rows: Sequence[Rows]) -> RouteMoments:
         """Standardise and summarise rows; non-finite values are left out of their own channel only."""
-        mean, variance = (np.concatenate(part) for part in zip(*rows, strict=True))
-        samples = len(mean)
+        samples = sum(len(part.mean) for part in rows)
         with np.errstate(invalid="ignore", over="ignore"):
-            total, within = mean.sum(0, dtype=np.float64), variance.sum(0, dtype=np.float64)
             bad = np.zeros(len(self.ends), np.int64)
-            finite: npt.NDArray[np.bool_] | None = None
-            count: npt.NDArray[np.int64] = np.where(self._known, samples, 0)
-            if not np.isfinite(total + within).all():
-                finite = np.isfinite(mean) & np.isfinite(variance)
-                whole = np.logical_and.reduceat(np.isfinite(mean), [0, *self.ends[:-1]], axis=1)
-                bad += samples - whole.sum(0)
-                count = np.where(self._known, finite.sum(0), 0)
-                total = mean.sum(0, dtype=np.float64, where=finite)
-                within = variance.sum(0, dtype=np.float64, where=finite)
-            average = total / np.maximum(count, 1)
-            mean -= average.astype(mean.dtype)
-            if finite is not None:
-                mean[~finite] = 0
-            # deviations from the mean, so that their own type is exact enough
-            m2 = np.einsum("nc,nc->c", mean, mean).astype(np.float64)
+            sums = _finite_sums(rows, samples)
+            if sums is None:
+                finite = np.concatenate([np.isfinite(part.mean) for part in rows])
+                bad += samples - np.logical_and.reduceat(finite, [0, *self.ends[:-1]], axis=1).sum(0)
+                sums = _sums_without(rows, finite)
+        count = np.where(self._known, sums.number, 0)
+        seen, divisor = count > 0, np.maximum(count, 1)
         moments = Moments(
             torch.from_numpy(count),
-            torch.from_numpy(np.where(count > 0, average + self._offset, 0.0) / self._scale),
-            torch.from_numpy(np.where(count > 0, m2, 0.0) / self._scale**2),
+            torch.from_numpy(np.where(seen, sums.average + self._offset, 0.0) / self._scale),
+            torch.from_numpy(np.where(seen, sums.squares, 0.0) / self._squared_scale),
         )
-        within = np.where(count > 0, within / np.maximum(count, 1), 0.0) / self._scale**2
-        return RouteMoments(bad, LayerMoments(samples, 0, moments, torch.from_numpy(within)))
+        within = torch.from_numpy(np.where(seen, sums.within / divisor, 0.0) / self._squared_scale)
+        return RouteMoments(bad, LayerMoments(samples, 0, moments, within))
 
     def layer(self, position: int, seen: RouteMoments) -> LayerMoments:
         """Take one layer out of what a route has accumulated."""
@@ -104,6 +101,71 @@ class Scale:
             Moments(moments.count[part], moments.mean[part], moments.m2[part]),
             seen.together.within[part],
         )
+
+
+class _Sums(NamedTuple):
+    """Rows summed up in float64, each of shape ``(sum of C,)``.
+
+    Attributes:
+        number: Number of values.
+        average: Their mean.
+        squares: Squared deviations from it, summed up.
+        within: Variances over positions, summed up.
+    """
+
+    number: npt.NDArray[np.int64]
+    average: npt.NDArray[np.float64]
+    squares: npt.NDArray[np.float64]
+    within: npt.NDArray[np.float64]
+
+
+def _finite_sums(rows: Sequence[Rows], samples: int) -> _Sums | None:
+    """Sum rows up, as many columns together as a cache holds; None if a value or a sum is not finite."""
+    columns = rows[0].mean.shape[1]
+    sums = _Sums(np.full(columns, samples), *[np.zeros(columns) for _ in range(3)])
+    spread = any(part.variance is not None for part in rows)
+    width = max(1, _CACHED // max(1, samples))
+    for start in range(0, columns, width):
+        here = slice(start, start + width)
+        mean = np.concatenate([part.mean[:, here] for part in rows])
+        about = (_total(mean) / samples).astype(mean.dtype)
+        if spread:
+            sums.within[here] = _total(np.concatenate([_spread(part)[:, here] for part in rows]))
+        if not np.isfinite(about + sums.within[here]).all():
+            return None
+        # deviations from about the mean, so that their own type is exact enough; their mean is what it was off by
+        mean -= about
+        rest = _total(mean) / samples
+        sums.average[here] = about + rest
+        sums.squares[here] = np.maximum(np.einsum("nc,nc->c", mean, mean) - samples * np.square(rest), 0.0)
+    return sums
+
+
+def _sums_without(rows: Sequence[Rows], finite: npt.NDArray[np.bool_]) -> _Sums:
+    """Sum rows up without their non-finite values."""
+    mean = np.concatenate([part.mean for part in rows])
+    variance = np.concatenate([_spread(part) for part in rows])
+    finite = finite & np.isfinite(variance)
+    count = finite.sum(0)
+    average = mean.sum(0, dtype=np.float64, where=finite) / np.maximum(count, 1)
+    mean -= average.astype(mean.dtype)
+    mean[~finite] = 0
+    squares = np.einsum("nc,nc->c", mean, mean).astype(np.float64)
+    return _Sums(count, average, squares, variance.sum(0, dtype=np.float64, where=finite))
+
+
+def _spread(rows: Rows) -> npt.NDArray[np.floating[Any]]:
+    return np.zeros_like(rows.mean) if rows.variance is None else rows.variance
+
+
+def _total(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
+    """Add rows up, some in their own type, which is faster, and those sums in float64."""
+    if len(values) <= _AT_ONCE:
+        few: npt.NDArray[np.float64] = np.add.reduce(values, 0).astype(np.float64)
+        return few
+    blocks = [np.add.reduce(values[start : start + _AT_ONCE], 0) for start in range(0, len(values), _AT_ONCE)]
+    total: npt.NDArray[np.float64] = np.add.reduce(np.asarray(blocks), 0, dtype=np.float64)
+    return total
 
 
 class Scales:
@@ -143,7 +205,7 @@ class Scales:
         """Divide a forward up into routes: one, unless it ran a layer twice or it is one way too many."""
         if record.whole and (record.route in self._scales or len(self._scales) < ROUTES):
             return [(record.route, record.rows())]
-        return [((reading.index,), record.rows_of([reading])) for reading in record.readings]
+        return [((index,), rows) for index, rows in record.parts()]
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,8 @@ import torch
 
 from guardserve.batchnorm import ObservationPoint
 from guardserve.monitor.reading import Reading, Rows
-from guardserve.monitor.taps import Bundle, Record
+from guardserve.monitor.taps import Record
+from guardserve.monitor.workspace import Workspace
 
 Array = npt.NDArray[np.float32]
 
@@ -62,7 +64,10 @@ class FeatureReader:
                 block = features[first : first + len(mean)]
                 first += len(mean)
                 np.add(mean, self._offset, out=block[:, :channels], casting="same_kind")
-                np.sqrt(variance, out=block[:, channels:], casting="same_kind")
+                if variance is None:
+                    block[:, channels:] = 0
+                else:
+                    np.sqrt(variance, out=block[:, channels:], casting="same_kind")
             features[:, :channels] *= self._factor
             features[:, channels:] *= self._abs_factor
         return features
@@ -70,17 +75,19 @@ class FeatureReader:
     def _rows(self, record: Record) -> Rows:
         if record.bundle is not None:
             rows, columns = record.rows(), self._columns(record.bundle)
-            return rows if columns is None else Rows(rows.mean[:, columns], rows.variance[:, columns])
+            if columns is None:
+                return rows
+            return Rows(rows.mean[:, columns], None if rows.variance is None else rows.variance[:, columns])
         if record.order == self._indices and record.whole:
             return record.rows()
         runs: dict[int, list[Reading]] = {}
         for reading in record.readings:
             runs.setdefault(reading.index, []).append(reading)
-        parts = [[record.rows_of([run]) for run in runs[index]] for index in self._indices]
+        parts = [[_filled(record.rows_of([run])) for run in runs[index]] for index in self._indices]
         means, variances = ([sum(run[i] for run in part) / len(part) for part in parts] for i in (0, 1))
         return Rows(np.concatenate(means, axis=1), np.concatenate(variances, axis=1))
 
-    def _columns(self, bundle: Bundle) -> npt.NDArray[np.intp] | None:
+    def _columns(self, bundle: Workspace) -> npt.NDArray[np.intp] | None:
         """Return where a bundle has the channels of the layers, in order; None if it has just these."""
         if bundle.route == self._indices:
             return None
@@ -93,6 +100,10 @@ class FeatureReader:
             ]
             columns = self._picked[bundle.route] = np.concatenate(parts)
         return columns
+
+
+def _filled(rows: Rows) -> tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.floating[Any]]]:
+    return rows.mean, np.zeros_like(rows.mean) if rows.variance is None else rows.variance
 
 
 def execution_order(record: Record) -> list[int]:

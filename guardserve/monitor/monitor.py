@@ -126,7 +126,7 @@ class Monitor:
             self._taps = Taps(model, emit, values if reference is None else reference.values)
             self._budget = Budget(self._taps, budget if reference is None else None)
             self._scales = Scales(self._taps.points)
-            self._worker = Worker(self._work, "guardserve-monitor")
+            self._worker = Worker(self._tend, "guardserve-monitor")
             self._forget()
         self._finalizer = weakref.finalize(self, _close, self._taps, self._worker)
         _monitors.add(self)
@@ -444,8 +444,19 @@ class Monitor:
             record.sink += [math.nan] * (due - len(record.sink))  # whatever went wrong
         elif samples >= MOST_PENDING and len(self._pending) > MOST_PENDING // PENDING_SAMPLES:
             self._work()
-        elif samples >= PENDING_SAMPLES:
+        elif samples >= PENDING_SAMPLES or record.urgent:
             self._worker.wake()
+
+    def _tend(self) -> None:
+        """Judge what is pending if that is enough, else only sum it up: it holds memory."""
+        with self._lock:
+            pending = self._pending.copy()
+            if sum(record.count for record in pending) < PENDING_SAMPLES:
+                for record in pending:
+                    if record.urgent:
+                        record.rows()
+                return
+        self._work()
 
     def _work(self) -> None:
         """Judge what is pending, in whichever thread."""
@@ -553,7 +564,7 @@ def _after_fork() -> None:
     """Give monitors in a forked process a lock and a thread that work: those of the parent stayed there."""
     for monitor in list(_monitors):
         monitor._lock = threading.Lock()  # noqa: SLF001
-        monitor._worker = Worker(monitor._work, "guardserve-monitor")  # noqa: SLF001
+        monitor._worker = Worker(monitor._tend, "guardserve-monitor")  # noqa: SLF001
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -59,6 +59,12 @@ class Reading:
     squares: torch.Tensor | None
     count: float
 
+    @classmethod
+    def of(cls, index: int, rows: Rows) -> Reading:
+        """Make a reading of one layer's rows."""
+        squares = None if rows.variance is None else torch.from_numpy(rows.variance)
+        return cls(index, torch.from_numpy(rows.mean), squares, 1)
+
 
 @dataclass(slots=True)
 class Cell:
@@ -192,10 +198,9 @@ class Plan:
             if target < self.positions
             else tuple(Axis.blocks(size, 1) for size in sizes)
         )
-        step = round(self.positions * _GOLDEN)
-        while math.gcd(step, max(1, self.positions)) > 1:
-            step += 1
-        self.step = step
+        self.step = _golden_step(self.positions)
+        self._number = math.prod(len(axis.parts) for axis in self.parts)
+        self._cell_step = _golden_step(self._number)
         self.uniform = all(len({len(part) for part in axis.parts}) == 1 for axis in self.parts)
         self.size = (*self._size, *[len(axis.parts[0]) for axis in self.parts])
         self._row = self._find_row() if self.uniform else 1
@@ -204,17 +209,24 @@ class Plan:
 
     def cells(self, turn: int) -> tuple[Cell, ...]:
         """Return what is read in a forward, all samples in order: cells from that of some position on."""
-        place = turn * self.step % self.positions if self.positions else 0
-        index = 0
-        for axis in self.parts:
-            place, i = divmod(place, len(axis.part_of) or 1)
-            index = index * len(axis.parts) + axis.part_of[i]
+        index = self._index(turn)
         cells = self._cells.get(index)
         if cells is None:
             if len(self._cells) >= _KEPT_CELLS:
                 self._cells.clear()
             cells = self._cells[index] = tuple(self._make(index))
         return cells
+
+    def _index(self, turn: int) -> int:
+        """Return which cell a forward begins with."""
+        if self.uniform:
+            return turn * self._cell_step % self._number
+        place = turn * self.step % self.positions
+        index = 0
+        for axis in self.parts:
+            place, i = divmod(place, len(axis.part_of))
+            index = index * len(axis.parts) + axis.part_of[i]
+        return index
 
     def count(self, turn: int = 0) -> int:
         """Return how many positions of each sample are read in a forward."""
@@ -284,6 +296,14 @@ class Plan:
         return offset, tuple(len(part) for part in chosen), stride
 
 
+def _golden_step(number: int) -> int:
+    """Return by how much to go on in a circle to meet all of its places, those of any few steps far apart."""
+    step = round(number * _GOLDEN)
+    while math.gcd(step, max(1, number)) > 1:
+        step += 1
+    return step
+
+
 def read(index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor) -> Reading:
     """Read an activation.
 
@@ -297,29 +317,33 @@ def read(index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tenso
         turn: The number of the forward.
         anchor: At least float32, shape ``(C, 1, ...)`` with as many ones as the plan has axes.
     """
-    parts = [_sum_up(x, cell, anchor) for cell in plan.cells(turn)]
-    count = plan.count(turn)
-    if len(parts) == 1:
-        total, squares = parts[0]
-    else:
-        total = torch.cat([part for part, _ in parts])
-        squares = None if count == 1 else torch.cat([part for _, part in parts if part is not None])
-    return Reading(index, total, squares, 1 if x.is_cuda else count)
-
-
-def _sum_up(x: torch.Tensor, cell: Cell, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum deviations and their squares up; on an accelerator divide both by the number of positions."""
-    deviation = x.as_strided(cell.size, cell.stride, x.storage_offset() + cell.offset) - anchor
-    if cell.rounds is not None:
-        deviation = deviation.flatten(0, 1)
-    if cell.count == 1:
-        return deviation, None
-    axes = tuple(range(2, deviation.ndim))
+    deviation, count = _deviation(x, plan, turn, anchor), plan.count(turn)
+    if count == 1:
+        return Reading(index, deviation, None, 1)
+    axes = plan.axes
     if x.is_cuda:  # one kernel for both; on a CPU it takes many times as long as the sums
         variance, mean = torch.var_mean(deviation, axes, correction=0)
-        return mean, variance
+        return Reading(index, mean, variance, 1)
     total = deviation.sum(axes, keepdim=True)
-    return total, deviation.sub_(total, alpha=1 / cell.count).square_().sum(axes)
+    return Reading(index, total, deviation.sub_(total, alpha=1 / count).square_().sum(axes), count)
+
+
+def _deviation(x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor) -> torch.Tensor:
+    """Return how far what is read is from the anchor, ``(N, C, *positions)``."""
+    cells, start = plan.cells(turn), x.storage_offset()
+    if len(cells) == 1 and cells[0].rounds is None:
+        return x.as_strided(cells[0].size, cells[0].stride, start + cells[0].offset) - anchor
+    last = x.stride(1) == 1  # keep channels together where they are
+    rows, channels, *size = plan.size
+    deviation = x.new_empty([rows, *size, channels] if last else plan.size, dtype=anchor.dtype)
+    if last:
+        deviation = deviation.movedim(-1, 1)
+    for cell in cells:
+        out = deviation[cell.samples]
+        if cell.rounds is not None:
+            out = out.view(cell.rounds, -1, *out.shape[1:])
+        torch.sub(x.as_strided(cell.size, cell.stride, start + cell.offset), anchor, out=out)
+    return deviation
 
 
 class Rows(NamedTuple):
@@ -327,23 +351,31 @@ class Rows(NamedTuple):
 
     Attributes:
         mean: Mean over positions of each sample's deviation from the anchor, shape ``(N, sum of C)``.
-        variance: Its variance over positions, likewise.
+        variance: Its variance over positions, likewise; None where each layer has one position.
     """
 
     mean: npt.NDArray[np.floating[Any]]
-    variance: npt.NDArray[np.floating[Any]]
+    variance: npt.NDArray[np.floating[Any]] | None
+
+    def copy(self) -> Rows:
+        """Return the same in memory of its own."""
+        return Rows(self.mean.copy(), None if self.variance is None else self.variance.copy())
 
 
 def side_by_side(readings: Sequence[Reading]) -> Rows:
     """Put the readings of layers with equally many samples side by side."""
     totals = [reading.total.flatten(1) for reading in readings]
-    squares = [
-        torch.zeros_like(total) if reading.squares is None else reading.squares
-        for reading, total in zip(readings, totals, strict=True)
-    ]
-    mean, variance = (torch.cat(part, 1).cpu().numpy() for part in (totals, squares))
+    mean = torch.cat(totals, 1).cpu().numpy()
+    variance = None
+    if any(reading.squares is not None for reading in readings):
+        squares = [
+            torch.zeros_like(total) if reading.squares is None else reading.squares
+            for reading, total in zip(readings, totals, strict=True)
+        ]
+        variance = torch.cat(squares, 1).cpu().numpy()
     if any(reading.count != 1 for reading in readings):
         share = np.repeat([1 / reading.count for reading in readings], [total.shape[1] for total in totals])
         mean *= share.astype(mean.dtype)
-        variance *= share.astype(mean.dtype)
+        if variance is not None:
+            variance *= share.astype(mean.dtype)
     return Rows(mean, variance)

@@ -11,8 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ from guardserve.monitor.compiled import (
     uncompiled,
 )
 from guardserve.monitor.reading import VALUES, Plan, Reading, Rows, read, side_by_side
-from guardserve.monitor.workspace import MOST_VALUES, Place, Slot, Workspace, fits
+from guardserve.monitor.workspace import Place, Sheet, Sheets, Slot, Workspace, fits
 from guardserve.nonfinite import named_tensors
 from guardserve.tracing import is_tracing
 
@@ -42,22 +41,6 @@ _KEPT_PLANS = 64
 _log = logging.getLogger(__name__)
 
 
-class Bundle(NamedTuple):
-    """What the layers of a forward showed, summed up together.
-
-    Attributes:
-        order: The layers, in the order in which they ran.
-        route: The layers, in the order in which they are side by side.
-        widths: Channels of each of these.
-        rows: Tells what they showed.
-    """
-
-    order: tuple[int, ...]
-    route: tuple[int, ...]
-    widths: tuple[int, ...]
-    rows: Callable[[], Rows]
-
-
 class Record:
     """What one forward showed.
 
@@ -66,7 +49,7 @@ class Record:
         turn: Number of the forward.
         values: Values read of each sample at each layer, about; None is all.
         readings: What layers showed, in the order in which they ran; empty if ``bundle`` has all of it.
-        bundle: What all layers showed, if it was summed up together.
+        bundle: How what all layers showed is laid out side by side, if it was written down together.
         ready: On an accelerator, the event after which the readings are there.
         seconds: If the forward was timed, when it began; at its end, how long it took.
         spent: If it was timed, the seconds of it that readings took.
@@ -82,12 +65,12 @@ class Record:
         "ready",
         "samples",
         "seconds",
+        "sheet",
         "sink",
         "slots",
         "spent",
         "turn",
         "values",
-        "workspace",
     )
 
     def __init__(self, samples: int | None, turn: int, values: int | None, slots: list[Slot | None]) -> None:
@@ -95,11 +78,11 @@ class Record:
         self.turn = turn
         self.values = values
         self.readings: list[Reading] = []
-        self.workspace: Workspace | None = None
+        self.sheet: Sheet | None = None
         self.slots = slots
         self.filled: dict[int, None] = {}
         self.places: list[Place] | None = None
-        self.bundle: Bundle | None = None
+        self.bundle: Workspace | None = None
         self.ready: torch.cuda.Event | None = None
         self.seconds: float | None = None
         self.spent = 0.0
@@ -129,12 +112,22 @@ class Record:
             and all(len(reading.total) == self.samples for reading in self.readings)
         )
 
+    @property
+    def urgent(self) -> bool:
+        """Whether somebody should sum it up soon, as it holds memory that others need."""
+        return self.sheet is not None and self.sheet.urgent
+
     def rows(self) -> Rows:
-        """Return all readings as arrays, side by side; only if :attr:`whole`."""
+        """Return all readings as arrays, side by side; only if :attr:`whole`, and in one thread at a time."""
         if self._rows is None:
             if self.ready is not None:
                 self.ready.synchronize()
-            self._rows = side_by_side(self.readings) if self.bundle is None else self.bundle.rows()
+            if self.sheet is None:
+                self._rows = side_by_side(self.readings)
+            else:
+                self._rows = self.sheet.rows()
+                if not self.sheet.workspace.flat:
+                    self._give_back()
         return self._rows
 
     def rows_of(self, readings: list[Reading]) -> Rows:
@@ -142,6 +135,37 @@ class Record:
         if self.ready is not None:
             self.ready.synchronize()
         return side_by_side(readings)
+
+    def parts(self) -> list[tuple[int, Rows]]:
+        """Return what each layer showed each time that it ran, with its index."""
+        if self.bundle is None:
+            return [(reading.index, self.rows_of([reading])) for reading in self.readings]
+        return self.bundle.parts(self.rows())
+
+    def close(self) -> None:
+        """End a forward: what was written down is all that it showed, or makes readings like the others."""
+        sheet = self.sheet
+        if sheet is None:
+            return
+        if self.filled and not self.readings and len(self.filled) == len(sheet.workspace.order):
+            self.bundle = sheet.workspace
+            if not sheet.wait():
+                self._rows = sheet.rows().copy()
+                self._give_back()
+            return
+        if self.filled:  # it took another way
+            parts = [part for part in sheet.workspace.parts(sheet.rows().copy()) if part[0] in self.filled]
+            self.readings += [Reading.of(index, rows) for index, rows in parts]
+        self._give_back()
+
+    def _give_back(self) -> None:
+        sheet, self.sheet = self.sheet, None
+        if sheet is not None:
+            sheet.give_back()
+
+    def __del__(self) -> None:
+        """Give memory back that nobody asked for what is in it."""
+        self._give_back()
 
 
 class Hook:
@@ -192,10 +216,10 @@ class _Tap:
         slot = record.slots[self.index]
         if (
             slot is not None
-            and self.index not in record.filled
             and x.shape == slot.shape
             and x.stride() == slot.stride
             and x.is_cpu
+            and self.index not in record.filled
         ):
             slot.take(x, record.turn)
             record.filled[self.index] = None
@@ -244,6 +268,8 @@ class Taps:
         self._open = _Open()
         self._turns = itertools.count()
         self._no_slots: list[Slot | None] = []
+        self._workspaces: dict[tuple[torch.Size, int | None], Workspace | None] = {}
+        self._sheets = Sheets()
         self._taps: list[_Tap] = []
         self._handles: list[Any] = []
         self._marks: GraphMarks | None = None
@@ -346,13 +372,13 @@ class Taps:
         if first is None:
             record = Record(None, next(self._turns), self.values, self._no_slots)
         else:
-            workspaces = self._open.workspaces
-            key = first.shape, self.values
-            workspace = workspaces.get(key)
-            slots = self._no_slots if workspace is None else workspace.slots
-            record = Record(len(first), next(self._turns), self.values, slots)
-            record.workspace = workspace
-            if workspace is None and key not in workspaces:
+            record = Record(len(first), next(self._turns), self.values, self._no_slots)
+            key = first.shape, record.values
+            workspace = self._workspaces.get(key)
+            if workspace is not None:
+                record.sheet = self._sheets.take(workspace)
+                record.slots = record.sheet.slots
+            elif key not in self._workspaces:
                 record.places = []
         if record.turn % TIMED == 0:
             record.seconds = began
@@ -372,41 +398,30 @@ class Taps:
         if record is None or record is _IGNORED or output is None:
             self._open.traced.clear()
             return
-        began = time.perf_counter()
+        began = time.perf_counter() if record.seconds else 0.0
         traced = self._open.traced
         if traced.readings:
             self._unpack(record, traced.readings)
             self._turn.add_(1)
         traced.clear()
-        if record.filled and record.workspace is not None:
-            self._sum_up(record)
+        if record.sheet is not None:
+            record.close()
         elif record.places is not None and args:
             self._lay_out(record, args)
-        if record.readings or record.bundle:
-            record.spent += time.perf_counter() - began
+        if record.readings or record.bundle is not None:
+            if record.seconds:
+                record.spent += time.perf_counter() - began
             self._finish(record)
-
-    def _sum_up(self, record: Record) -> None:
-        """Sum up what was read into the workspace: all at once, if it is all that was read."""
-        workspace = record.workspace
-        if workspace is None:
-            return
-        if not record.readings and len(record.filled) == len(workspace.route):
-            record.bundle = Bundle(
-                workspace.order, workspace.route, workspace.widths, partial(workspace.rows, workspace.sums())
-            )
-        else:  # this forward took another way
-            record.readings += [workspace.reading(index) for index in record.filled]
 
     def _lay_out(self, record: Record, args: tuple[Any, ...]) -> None:
         """Make a workspace for forwards like this one, if they can have one."""
         places, workspace = record.places or [], None
         if len(places) > 1 and record.whole and fits(places):
-            workspace = Workspace(places, len(self.points), self._open.buffer())
-        if len(self._open.workspaces) >= _KEPT_PLANS:
-            self._open.workspaces.clear()
+            workspace = Workspace(places, len(self.points))
+        if len(self._workspaces) >= _KEPT_PLANS:
+            self._workspaces.clear()
         if isinstance(args[0], torch.Tensor):
-            self._open.workspaces[args[0].shape, record.values] = workspace
+            self._workspaces[args[0].shape, record.values] = workspace
 
     def _finish(self, record: Record) -> None:
         if record.readings and record.readings[0].total.is_cuda:
@@ -460,20 +475,11 @@ class Taps:
 
 
 class _Open(threading.local):
-    """What a thread has of its own: the record of the forward that it is in, its workspaces and their buffer."""
+    """What a thread has of its own: the record of the forward that it is in, and what compiled code read of it."""
 
     def __init__(self) -> None:
         self.record: Record | None = None
         self.traced = Traced()
-        self.workspaces: dict[tuple[torch.Size, int | None], Workspace | None] = {}
-        self._buffer: torch.Tensor | None = None
-
-    def buffer(self) -> torch.Tensor:
-        """Return the buffer that the workspaces share; what is not written to takes no memory."""
-        if self._buffer is None:
-            with torch.inference_mode(mode=False):
-                self._buffer = torch.empty(MOST_VALUES, device="cpu")
-        return self._buffer
 
 
 _IGNORED = Record(0, 0, None, [])

@@ -1,24 +1,35 @@
-"""Reading all layers of a small forward into one buffer, to sum them up together at its end.
+"""Reading all layers of a small forward into one buffer, to sum them up together afterwards.
 
-On a CPU an operation costs some microseconds however little it does, most of all between the layers of a model, where
-caches hold other things. So each layer only copies its cell, and the sums of all layers are taken at once.
+On a CPU an operation costs tens of microseconds between the layers of a model, where caches hold other things, however
+little it does. So each layer only copies its cell. The sums of all layers are taken at once, by whoever asks for them
+first, or at the forward's end where too much is waiting for that.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from guardserve.monitor.reading import Plan, Reading, Rows
+from guardserve.monitor.reading import Plan, Rows
 
 MOST_VALUES = 2_000_000
 """Values that a buffer holds at most, 8 MB; where more would be read, an operation more or less is no matter."""
+
+MOST_WAITING = 2**20
+"""Values that may wait to be summed up, unless a single forward has more."""
+
+_LEAST_SIZE = 2**12
+
+_KEPT_SHEETS = 16
+
+_AT_ONCE = 64
+"""Values that are added up one after the other at most: it rounds like this many additions."""
 
 
 @dataclass(slots=True)
@@ -34,118 +45,248 @@ class Place:
 
 @dataclass(slots=True)
 class Slot:
-    """A layer's part of the buffer.
+    """A layer's part of a buffer.
 
     Attributes:
         shape: Shape of the activations that it takes.
         stride: Their strides.
         plan: Their plan.
-        anchor: What is taken off them, shape ``(C,)``.
         out: The part, ``(*positions, N, C)``.
     """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     plan: Plan
-    anchor: torch.Tensor
     out: torch.Tensor
 
     def take(self, x: torch.Tensor, turn: int) -> None:
         """Copy a cell of each sample."""
         if not self.plan.axes:
-            torch.sub(x, self.anchor, out=self.out)
+            self.out.copy_(x)
             return
-        cells = self.plan.cells(turn)
+        cells, start = self.plan.cells(turn), x.storage_offset()
+        if len(cells) == 1 and cells[0].rounds is None:
+            cell = cells[0]
+            self.out.copy_(x.as_strided(cell.turned_size, cell.turned_stride, start + cell.offset))
+            return
         for cell in cells:
-            view = x.as_strided(cell.turned_size, cell.turned_stride, x.storage_offset() + cell.offset)
-            out = self.out if len(cells) == 1 else self.out[..., cell.samples, :]
+            out = self.out[..., cell.samples, :]
             if cell.rounds is not None:
                 out = out.view(*out.shape[:-2], cell.rounds, -1, out.shape[-1])
-            torch.sub(view, self.anchor, out=out)
+            out.copy_(x.as_strided(cell.turned_size, cell.turned_stride, start + cell.offset))
 
 
-class Sums(NamedTuple):
-    """What a forward's layers showed, summed up; see :class:`Reading`.
+@dataclass(slots=True)
+class _Group:
+    """Layers of which equally many positions are read, side by side in a buffer.
 
     Attributes:
-        totals: For each number of positions, that many times the means of all layers that read so many.
-        squares: Likewise for the variances.
+        places: The layers.
+        shape: ``(positions, N, sum of C)``.
+        part: Where they are in the buffer.
+        columns: Where their channels are among those of all layers.
+        anchor: What is taken off, shape ``(sum of C,)``.
     """
 
-    totals: list[torch.Tensor]
-    squares: list[torch.Tensor]
+    places: list[Place]
+    shape: tuple[int, int, int]
+    part: slice
+    columns: slice
+    anchor: npt.NDArray[np.float32]
 
 
 class Workspace:
-    """The slots of all layers for forwards of one shape, in one thread.
+    """How a buffer is laid out for forwards of one shape.
 
     Args:
         places: Where the layers read, in the order in which they ran, each with the same number of samples.
         layers: How many observation points there are.
-        buffer: Holds at least :data:`MOST_VALUES` values.
 
     Attributes:
         order: The layers, in the order in which they run.
         route: The layers, in the order in which they are side by side.
         widths: Channels of each of these.
-        slots: The slot of each observation point; None where there is none.
+        values: Number of values that a forward reads.
+        flat: Whether each layer has one position.
     """
 
-    def __init__(self, places: Sequence[Place], layers: int, buffer: torch.Tensor) -> None:
+    def __init__(self, places: Sequence[Place], layers: int) -> None:
         self.order = tuple(place.index for place in places)
-        self.slots: list[Slot | None] = [None] * layers
-        self._groups: list[torch.Tensor] = []
-        self._counts: list[int] = []
+        self.values = 0
+        self._layers = layers
+        self._samples = places[0].plan.size[0]
+        self._groups: list[_Group] = []
         by_count: dict[int, list[Place]] = {}
         for place in places:
             by_count.setdefault(place.plan.count(), []).append(place)
-        self.route = tuple(place.index for members in by_count.values() for place in members)
-        self.widths = tuple(len(place.anchor) for members in by_count.values() for place in members)
-        start = 0
+        first = 0
         for count, members in by_count.items():
-            samples = members[0].plan.size[0]
-            widths = [len(place.anchor) for place in members]
-            group = buffer[start : start + count * samples * sum(widths)].view(count, samples, sum(widths))
-            start += group.numel()
-            self._groups.append(group)
-            self._counts.append(count)
-            for place, width, end in zip(members, widths, itertools.accumulate(widths), strict=True):
+            anchor = torch.cat([place.anchor.flatten() for place in members]).numpy()
+            shape = (count, self._samples, len(anchor))
+            part = slice(self.values, self.values + math.prod(shape))
+            self._groups.append(_Group(members, shape, part, slice(first, first + len(anchor)), anchor))
+            self.values, first = part.stop, first + len(anchor)
+        self.flat = list(by_count) == [1]
+        self.route = tuple(place.index for group in self._groups for place in group.places)
+        self.widths = tuple(len(place.anchor) for group in self._groups for place in group.places)
+
+    def slots(self, buffer: torch.Tensor) -> list[Slot | None]:
+        """Lay out a buffer: return the slot of each observation point, None where there is none."""
+        slots: list[Slot | None] = [None] * self._layers
+        for group in self._groups:
+            values = buffer[group.part].view(group.shape)
+            widths = [len(place.anchor) for place in group.places]
+            for place, width, end in zip(group.places, widths, accumulate(widths), strict=True):
                 size = place.plan.size
-                part = group[:, :, end - width : end].view(*size[2:], *size[:2])
-                self.slots[place.index] = Slot(place.shape, place.stride, place.plan, place.anchor.flatten(), part)
-        share = np.repeat([1 / count for count in self._counts], [group.shape[2] for group in self._groups])
-        self._share = share.astype(np.float32)
+                out = values[:, :, end - width : end].view(*size[2:], *size[:2])
+                slots[place.index] = Slot(place.shape, place.stride, place.plan, out)
+        return slots
 
-    def sums(self) -> Sums:
-        """Sum up what all slots hold; they may be filled again afterwards."""
-        totals, squares = [], []
-        for count, group in zip(self._counts, self._groups, strict=True):
-            if count == 1:
-                totals.append(group[0].clone())
-                squares.append(torch.zeros_like(totals[-1]))
-                continue
-            total = group.sum(0)
-            totals.append(total)
-            squares.append(group.sub_(total, alpha=1 / count).square_().sum(0))
-        return Sums(totals, squares)
+    def parts(self, rows: Rows) -> list[tuple[int, Rows]]:
+        """Divide rows up into those of each layer."""
+        ends = accumulate(self.widths)
+        columns = [slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
+        variance = np.zeros_like(rows.mean) if rows.variance is None else rows.variance
+        return [
+            (index, Rows(rows.mean[:, part], variance[:, part]))
+            for index, part in zip(self.route, columns, strict=True)
+        ]
 
-    def rows(self, sums: Sums) -> Rows:
-        """Return what a forward's layers showed, in the order of :attr:`route`."""
-        mean, variance = (torch.cat(part, 1).numpy() for part in sums)
-        mean *= self._share
-        variance *= self._share
+    def rows(self, buffer: npt.NDArray[np.float32]) -> Rows:
+        """Return what a forward's layers showed, in the order of :attr:`route`.
+
+        The buffer is used up; if :attr:`flat`, its memory is theirs.
+        """
+        if self.flat:
+            (group,) = self._groups
+            values = buffer[group.part].reshape(group.shape)[0]
+            with np.errstate(invalid="ignore", over="ignore"):
+                values -= group.anchor
+            return Rows(values, None)
+        mean = np.empty((self._samples, sum(self.widths)), np.float32)
+        variance = np.zeros_like(mean)
+        with np.errstate(invalid="ignore", over="ignore"):
+            for group in self._groups:
+                values, columns = buffer[group.part].reshape(group.shape), group.columns
+                values -= group.anchor
+                if len(values) == 1:
+                    mean[:, columns] = values[0]
+                    continue
+                share = np.float32(1 / len(values))
+                average = np.multiply(_total(values), share, out=mean[:, columns])
+                values -= average
+                np.multiply(_total(np.square(values, out=values)), share, out=variance[:, columns])
         return Rows(mean, variance)
 
-    def reading(self, index: int) -> Reading:
-        """Sum up what one slot holds."""
-        slot = self.slots[index]
-        if slot is None:
-            raise ValueError(f"layer {index} has no slot")
-        count = slot.plan.count()
-        deviation = slot.out.flatten(0, -3) if slot.out.ndim > 2 else slot.out[None]  # noqa: PLR2004
-        total = deviation.sum(0)
-        squares = (deviation - total / count).square().sum(0)
-        return Reading(index, total, squares if count > 1 else None, count)
+
+def _total(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Add up along the first axis, no more than some of it one by one: rounding errors add up too."""
+    parts = len(values) // _AT_ONCE
+    if parts <= 1:
+        first: npt.NDArray[np.float32] = np.add.reduce(values, 0)
+        return first
+    whole = values[: parts * _AT_ONCE].reshape(parts, _AT_ONCE, *values.shape[1:])
+    total = _total(np.add.reduce(whole, 1))
+    total += np.add.reduce(values[parts * _AT_ONCE :], 0)
+    return total
+
+
+class Sheet:
+    """A buffer laid out for forwards of one shape: what one of them writes down.
+
+    Attributes:
+        workspace: How it is laid out.
+        slots: The slot of each observation point; None where there is none.
+    """
+
+    def __init__(self, workspace: Workspace, buffer: _Buffer, shelf: _Shelf) -> None:
+        self.workspace = workspace
+        self.slots = workspace.slots(buffer.values)
+        self._buffer = buffer
+        self._shelf = shelf
+        self._waiting = False
+
+    def wait(self) -> bool:
+        """Let what was written wait to be summed up, unless too much is waiting."""
+        self._waiting = len(self._shelf.waiting) < self._shelf.most
+        if self._waiting:
+            self._shelf.waiting.append(None)
+        return self._waiting
+
+    @property
+    def urgent(self) -> bool:
+        """Whether half of what may wait does."""
+        return 2 * len(self._shelf.waiting) >= self._shelf.most
+
+    def rows(self) -> Rows:
+        """Sum up what was written; once."""
+        return self.workspace.rows(self._buffer.array)
+
+    def give_back(self) -> None:
+        """Let another forward have it."""
+        if self._waiting:
+            self._waiting = False
+            self._shelf.waiting.pop()
+        self._shelf.free.append(self._buffer)
+
+
+class Sheets:
+    """The buffers that all forwards of a model share, in any thread.
+
+    Appending to lists and popping from them is all that threads do with them at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._shelves: dict[int, _Shelf] = {}
+
+    def take(self, workspace: Workspace) -> Sheet:
+        """Return a sheet that no other forward has."""
+        size = max(_LEAST_SIZE, 1 << (workspace.values - 1).bit_length())
+        shelf = self._shelves.get(size)
+        if shelf is None:
+            shelf = self._shelves.setdefault(size, _Shelf(size))
+        try:
+            buffer = shelf.free.pop()
+        except IndexError:
+            buffer = _Buffer(size)
+        sheet = buffer.sheets.get(workspace)
+        if sheet is None:
+            if len(buffer.sheets) >= _KEPT_SHEETS:
+                buffer.sheets.clear()
+            with torch.inference_mode(mode=False), torch.no_grad():
+                sheet = buffer.sheets[workspace] = Sheet(workspace, buffer, shelf)
+        return sheet
+
+
+class _Shelf:
+    """Buffers of one size.
+
+    Attributes:
+        most: How many forwards may wait to be summed up.
+        free: The buffers that no forward has.
+        waiting: As many items as forwards wait.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.most = max(1, MOST_WAITING // size)
+        self.free: list[_Buffer] = []
+        self.waiting: list[None] = []
+
+
+class _Buffer:
+    """Memory of a sheet; what is not written to takes none.
+
+    Attributes:
+        values: The memory.
+        array: The same.
+        sheets: Its layouts so far.
+    """
+
+    def __init__(self, size: int) -> None:
+        with torch.inference_mode(mode=False):
+            self.values = torch.empty(size, dtype=torch.float32, device="cpu")
+        self.array: npt.NDArray[np.float32] = self.values.numpy()
+        self.sheets: dict[Workspace, Sheet] = {}
 
 
 def fits(places: Sequence[Place]) -> bool:

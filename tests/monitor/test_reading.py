@@ -28,7 +28,8 @@ def observe(
     plan = Plan(x.shape, x.stride(), values, samples)
     reading = read(0, x, plan, turn, anchor.reshape(-1, *[1 for _ in plan.axes]))
     rows = side_by_side([reading])
-    return rows.mean.astype(np.float64), rows.variance.astype(np.float64), plan.count(turn)
+    variance = np.zeros_like(rows.mean) if rows.variance is None else rows.variance
+    return rows.mean.astype(np.float64), variance.astype(np.float64), plan.count(turn)
 
 
 def activations(shape: tuple[int, ...], offset: float, dtype: torch.dtype, seed: int, layout: str) -> torch.Tensor:

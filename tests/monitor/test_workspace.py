@@ -1,0 +1,170 @@
+"""What the layers of a small forward write down: summed up later, by whoever asks, with memory that stays bounded."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from guardserve import Monitor
+from guardserve.monitor import accumulation, workspace
+from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.worker import Worker
+
+
+def net(width: int = 6) -> nn.Sequential:
+    """Return convolutions with BatchNorm, in eval mode, and a linear layer with it: cells of several sizes."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.BatchNorm2d(2 * width),
+        nn.Flatten(),
+        nn.Linear(2 * width * 64, 5),
+        nn.BatchNorm1d(5),
+    ).eval()
+
+
+def mlp() -> nn.Sequential:
+    """Return linear layers with BatchNorm, in eval mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 16), nn.BatchNorm1d(16)).eval()
+
+
+def broken(_: torch.Tensor) -> torch.Tensor:
+    """Fail."""
+    raise RuntimeError("broken")
+
+
+class Skipping(nn.Module):
+    """Passes the second of three BatchNorm layers only for inputs whose sum is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm1d(4) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pass two layers or three."""
+        for i, norm in enumerate(self.norms):
+            if i != 1 or x.sum() > 0:
+                x = norm(x)
+        return x
+
+
+@pytest.fixture
+def records() -> Iterator[list[Record]]:
+    """Yield a list for records, emptied at the end."""
+    found: list[Record] = []
+    yield found
+    found.clear()
+
+
+def exact(model: nn.Sequential, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return means and variances over all positions of what enters each BatchNorm layer, less its running mean."""
+    means, variances = [], []
+    for layer in model:
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert layer.running_mean is not None
+            values = x.double().reshape(len(x), x.shape[1], -1).numpy()
+            means.append(values.mean(-1) - layer.running_mean.double().numpy())
+            variances.append(values.var(-1))
+        x = layer(x)
+    return np.concatenate(means, 1), np.concatenate(variances, 1)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 20])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_what_waits_is_what_its_own_forward_showed(samples: int, offset: float, records: list[Record]) -> None:
+    """Forwards that are summed up long after others of other inputs came: each has its own samples' figures."""
+    model = net()
+    taps = Taps(model, records.append, values=None)
+    inputs = [torch.randn(samples, 3, 16, 16) + offset + i for i in range(6)]
+    with torch.inference_mode():
+        for x in inputs:
+            model(x)
+        taps.close()
+        expected = [exact(model, x) for x in inputs]
+    assert all(record.bundle is not None for record in records[1:])
+    for record, (mean, variance) in zip(records[1:], expected[1:], strict=True):
+        order = dict(record.parts())
+        rows = [order[index] for index in sorted(order)]
+        found = np.concatenate([row.mean for row in rows], 1)
+        spread = np.concatenate([np.zeros_like(row.mean) if row.variance is None else row.variance for row in rows], 1)
+        np.testing.assert_allclose(found, mean, rtol=1e-5, atol=2e-6 * (1 + offset))
+        np.testing.assert_allclose(spread, variance, rtol=1e-4, atol=1e-5 * (1 + offset * 1e-3) ** 2)
+
+
+@pytest.mark.parametrize("build", [net, mlp])
+def test_so_many_may_wait_and_no_more(
+    build: Callable[[], nn.Module], records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the limit a forward sums itself up; records that nobody looks at give back what they hold."""
+    monkeypatch.setattr(workspace, "MOST_WAITING", 3 * 2**12)
+    model = build()
+    x = torch.randn(1, 8) if build is mlp else torch.randn(1, 3, 16, 16)
+    taps = Taps(model, records.append)
+    with torch.inference_mode():
+        for _ in range(20):
+            model(x)
+        assert sum(record.sheet is not None for record in records) == 3
+        shelf = taps._sheets._shelves[2**12]
+        assert len(shelf.waiting) == 3
+        assert any(record.urgent for record in records)
+        records.clear()
+        gc.collect()
+        assert not shelf.waiting
+        before = len(shelf.free)
+        for _ in range(20):
+            model(x)
+            records.clear()
+        assert len(shelf.free) == before <= 5
+        monkeypatch.setattr(model, "forward", broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            model(x)
+        assert len(shelf.free) == before
+    taps.close()
+
+
+def test_a_forward_that_skips_a_layer_is_seen_by_the_others() -> None:
+    """It cannot be laid out as the ones before it, and nothing of those is taken for its own."""
+    model = Skipping().eval()
+    with Monitor(model) as monitor, torch.inference_mode():
+        for _ in range(3):
+            model(torch.ones(2, 4))
+        model(-torch.ones(2, 4))
+        snapshot = monitor.snapshot()
+    assert {layer.name: layer.samples for layer in snapshot.layers} == {"norms.0": 8, "norms.1": 6, "norms.2": 8}
+    first, second, _ = snapshot.layers
+    assert first.mean_shift == pytest.approx(0.5, rel=1e-4)
+    assert second.mean_shift == pytest.approx(1.0, rel=1e-4)
+
+
+def test_forwards_of_one_way_too_many_are_counted_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether layers are kept side by side or not, each has all samples."""
+    monkeypatch.setattr(accumulation, "ROUTES", 0)
+    model = mlp()
+    with Monitor(model) as monitor, torch.inference_mode():
+        for _ in range(5):
+            model(torch.randn(3, 8))
+        snapshot = monitor.snapshot()
+    assert [layer.samples for layer in snapshot.layers] == [15, 15]
+
+
+def test_the_thread_frees_memory_before_there_is_enough_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few samples stay pending, but what they hold is summed up; they are all counted when somebody asks."""
+    monkeypatch.setattr(workspace, "MOST_WAITING", 2 * 2**12)
+    monkeypatch.setattr(Worker, "wake", lambda _: None)
+    model = net()
+    with Monitor(model) as monitor, torch.inference_mode():
+        for _ in range(4):
+            model(torch.randn(1, 3, 16, 16))
+        assert any(record.sheet is not None for record in monitor._pending)
+        monitor._tend()
+        assert len(monitor._pending) == 4
+        assert not any(record.urgent for record in monitor._pending)
+        assert monitor.snapshot().samples == 4
