@@ -195,7 +195,7 @@ class Watch:
             wanted = self._begun + 1
             self._asked = True
             self._turn.notify_all()
-            self._turn.wait_for(lambda: self._ended >= wanted, PATIENCE)
+            self._turn.wait_for(lambda: self._ended >= wanted or self._stopping, PATIENCE)
 
     def look(self) -> None:
         """Take one look."""

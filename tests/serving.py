@@ -18,6 +18,7 @@ import httpx
 import torch
 from torch import nn
 
+from guardserve import watch
 from guardserve.loading import LoadedModel
 from guardserve.runtime import Runtime
 from guardserve.service.app import create_app
@@ -26,6 +27,8 @@ from guardserve.service.limits import Limits
 from guardserve.signature import TensorSpec
 
 TIMEOUT = 60.0
+
+watch.PATIENCE = TIMEOUT  # however busy the machine is, a scrape shows what was served before it
 
 
 def loaded(module: nn.Module, *inputs: TensorSpec, name: str = "net") -> LoadedModel:

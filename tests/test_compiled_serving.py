@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from serving import command, loaded, metric
+from serving import command, loaded, metric, wait_until
 from torch import nn
 
 from guardserve.exceptions import SettingsError
@@ -77,7 +77,7 @@ def test_the_command_serves_a_compiled_model_as_the_plain_one(tmp_path: Path) ->
         answer = client.post("/v2/models/net/infer", json={"inputs": [tensor]})
         data = torch.tensor(answer.json()["outputs"][0]["data"]).reshape(3, 8)
         assert torch.allclose(data, net()(x), atol=1e-4)
-        assert metric(client, 'guardserve_samples_total{model="net"}') == 3
+        wait_until(lambda: metric(client, 'guardserve_samples_total{model="net"}') == 3)
         assert metric(client, 'guardserve_batchnorm_layers{model="net",observed="true"}') == 2
 
 

@@ -16,7 +16,9 @@ from guardserve.metrics import LATENCY_BUCKETS, Metrics
 from guardserve.monitor import Monitor
 from guardserve.runtime import Runtime
 from guardserve.traffic import Traffic
-from guardserve.watch import EVENTS, PATIENCE, POINTS, TIERS, Watch, alarm_level
+from guardserve.watch import EVENTS, POINTS, TIERS, Watch, alarm_level
+
+PATIENCE = 0.025
 
 
 class Clock:
@@ -198,7 +200,6 @@ def samples_shown(metrics: Metrics) -> float:
 def test_a_scrape_shows_what_is_so_now_and_is_remembered_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two looks it has one of its own, which makes neither points nor events."""
     monkeypatch.setattr("guardserve.watch.LOOK_INTERVAL", 1000.0)
-    monkeypatch.setattr("guardserve.watch.PATIENCE", 30.0)
     with watching(network()) as (watch, metrics, clock):
         watch.start()
         for batch in range(1, 4):
@@ -215,6 +216,7 @@ def test_a_scrape_shows_what_is_so_now_and_is_remembered_by_nobody(monkeypatch: 
 
 def test_a_scrape_does_not_wait_for_a_monitor_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """It shows the last look; and so do those after it, until a look is quick again."""
+    monkeypatch.setattr("guardserve.watch.PATIENCE", PATIENCE)
     monkeypatch.setattr("guardserve.watch.LOOK_INTERVAL", 0.1)
     with watching(network()) as (watch, metrics, _):
         watch.start()
@@ -230,6 +232,7 @@ def test_a_scrape_does_not_wait_for_a_monitor_that_is_busy(monkeypatch: pytest.M
 
 def test_a_look_that_takes_long_is_not_asked_for_by_scrapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """They could not wait for it, and it would be made again and again for nobody."""
+    monkeypatch.setattr("guardserve.watch.PATIENCE", PATIENCE)
     looks = []
     with watching(network()) as (watch, metrics, _):
         look = metrics.look

@@ -181,10 +181,10 @@ def test_the_command_keeps_its_state_over_a_restart_and_refuses_a_damaged_one(di
     with command(*options) as url, httpx.Client(base_url=url, trust_env=False) as client:
         answer = client.post("/v2/models/digits_cnn/infer", json={"inputs": [tensor]}).json()
         assert answer["parameters"]["guardserve_shift"] is True
-        assert metric(client, alarms) == 1
+        wait_until(lambda: metric(client, alarms) == 1)
     assert np.fromfile(tmp_path / "state", np.uint8).size > 100
     with command(*options) as url, httpx.Client(base_url=url, trust_env=False) as client:
-        assert metric(client, alarms) == 1
+        wait_until(lambda: metric(client, alarms) == 1)
     (tmp_path / "state").write_bytes(b"nothing of the kind")
     with pytest.raises(RuntimeError, match="status 1"), command(*options):
         pass
