@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -128,10 +127,15 @@ class Detector:
         self._recent = np.zeros((0, len(sketch.channels), sketch.width), np.float32)
         """Vectors of the most recent samples, at most ``LOOK_BACK``."""
 
-    def judge(self, features: Array) -> None:
-        """Take samples in order, shape ``(N, F)``; rows with NaN or infinity are counted and change nothing else."""
-        for start in range(0, len(features), CHUNK):
-            self._judge_chunk(features[start : start + CHUNK])
+    def judge(self, features: Array) -> list[float]:
+        """Take samples in order, shape ``(N, F)``; rows with NaN or infinity are counted and change nothing else.
+
+        Returns:
+            Their p-values: NaN for a sample that could not be judged.
+        """
+        p_values = [p for i in range(0, len(features), CHUNK) for p in self._judge_chunk(features[i : i + CHUNK])]
+        self._scores.extend(p_values)
+        return p_values
 
     def judge_summary(self, summary: Summary) -> None:
         """Take the samples of a summary, interval by interval, which come after all that were taken before.
@@ -168,10 +172,6 @@ class Detector:
         self._scores.clear()
         return scores
 
-    def last(self, count: int) -> list[float]:
-        """Return the p-values of the last samples, at most :data:`SCORES` and none that :meth:`drain` has told."""
-        return list(islice(reversed(self._scores), count))[::-1]
-
     def detection(self) -> Detection:
         """Summarise the samples so far."""
         shown = self._average is not None and self._alarm_at is not None
@@ -200,7 +200,7 @@ class Detector:
         relative: list[float] = (self._evidence / self._alarming[:, None]).max(0).tolist()
         return relative
 
-    def _judge_chunk(self, features: Array) -> None:
+    def _judge_chunk(self, features: Array) -> list[float]:
         with np.errstate(invalid="ignore", over="ignore"):
             finite = np.isfinite(features.sum(1))
         if not finite.all():
@@ -209,8 +209,8 @@ class Detector:
         standardised, vectors, length = self.profile.encode(features, self._room(len(features)))
         levels = self.profile.levels
         oddness = levels.oddness(length)
-        p_values = iter(self.profile.p_values(oddness.max(1)).tolist())
-        self._scores.extend(next(p_values) if good else math.nan for good in finite)
+        found = iter(self.profile.p_values(oddness.max(1)).tolist())
+        p_values = [next(found) if good else math.nan for good in finite]
         vectors_cut = shorten(vectors, levels.radius, length)
         if self.summarizer is not None:
             self.summarizer.add(len(finite) - len(features), standardised, vectors_cut, oddness)
@@ -220,6 +220,7 @@ class Detector:
         self._samples += len(finite)
         self._nonfinite += len(finite) - len(features)
         self._follow(standardised, vectors, evidence, positions.tolist(), [1] * len(positions))
+        return p_values
 
     def _room(self, count: int) -> Array:
         """Return rows for the features of the next samples, behind those of the most recent ones."""

@@ -507,13 +507,11 @@ class Monitor:
         complete = [record for record in batch if self._reader.complete(record)]
         for start in range(0, len(complete), CHUNK):
             chunk = complete[start : start + CHUNK]
-            self._detector.judge(self._reader.read(chunk))
-            if any(record.sink is not None for record in chunk):
-                scores = iter(self._detector.last(sum(record.count for record in chunk)))
-                for record in chunk:
-                    mine = list(islice(scores, record.count))
-                    if record.sink is not None:
-                        record.sink += mine
+            scores = iter(self._detector.judge(self._reader.read(chunk)))
+            for record in chunk:
+                mine = list(islice(scores, record.count))
+                if record.sink is not None:
+                    record.sink += mine
         for record in batch:
             if record.sink is not None and record not in complete:
                 record.sink += [math.nan] * record.count

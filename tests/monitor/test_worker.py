@@ -11,12 +11,14 @@ import time
 import tracemalloc
 import weakref
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from guardserve import EvalGuard, Monitor, ReferenceProfile, ReferenceProfileError
+from guardserve.monitor import detector
 from guardserve.monitor import monitor as monitor_module
 from guardserve.monitor.budget import LEAST_VALUES
 from guardserve.monitor.worker import Worker
@@ -138,6 +140,20 @@ def test_a_request_gets_its_own_p_values_while_others_are_served(
     assert [math.isnan(score) for score in together] == [i % 10 == 0 for i in range(120)]
     assert together == pytest.approx(alone, abs=3 / profile.samples, nan_ok=True)
     assert sorted(kept, key=str) == sorted(together, key=str)
+
+
+def test_scores_of_more_samples_than_are_kept_are_those_of_their_rows(
+    model: nn.Module, profile: ReferenceProfile, clean: Sampler
+) -> None:
+    """Who asks for them gets all; who drains them later gets the last."""
+    images = clean(50, seed=44)
+    images[0] *= 50
+    with mock.patch.object(detector, "SCORES", 8), Monitor(model.eval(), reference=profile) as monitor:
+        with torch.inference_mode(), monitor.scoring() as scores:
+            model(images)
+        assert len(scores) == 50
+        assert scores[0] == min(scores) < 0.01 < max(scores)
+        assert monitor.scores() == scores[-8:]
 
 
 def test_scoring_tells_what_cannot_be_judged(model: nn.Module, profile: ReferenceProfile, clean: Sampler) -> None:
