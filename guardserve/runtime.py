@@ -258,7 +258,8 @@ class Runtime:
         outputs = named_outputs(output, rows)
         finite = all(map(is_finite, outputs.values()))
         p_values = scores if len(scores) == rows else None  # a forward that did not pass each layer is not judged
-        return Forward({name: tensor.to("cpu") for name, tensor in outputs.items()}, finite, p_values)
+        # copies: the model may keep what it returned, and write to it in its next forward
+        return Forward({name: tensor.to("cpu", copy=True) for name, tensor in outputs.items()}, finite, p_values)
 
     def nonfinite_inputs(self, tensors: Sequence[torch.Tensor]) -> list[NonFinite]:
         """Find and count the inputs of one request that hold NaN or infinity."""
@@ -387,7 +388,7 @@ class Runtime:
         """Say why a sample's answer would depend on what it is batched with."""
         if self.static_batch is not None:
             return f"the model takes batches of {self.static_batch} only"
-        pair = [spec.example(2, PROBE_SIZE) for spec in self.signature.inputs]
+        pair = [spec.example(2, PROBE_SIZE, varied=True) for spec in self.signature.inputs]
         try:
             with unmonitored():
                 together = self.forward(pair).outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -42,18 +43,30 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def example(self, batch_size: int = 1, free_size: int = 1) -> torch.Tensor:
+    def example(self, batch_size: int = 1, free_size: int = 1, *, varied: bool = False) -> torch.Tensor:
         """Make a deterministic tensor that fits this spec: normal noise for floats, zeros otherwise.
 
         A free batch dimension becomes ``batch_size``; any other free dimension becomes ``free_size``.
+
+        Args:
+            batch_size: Rows, if their number is free.
+            free_size: Any other size that is free.
+            varied: Whether other types than floats get zeros and ones, in rows of different lengths up to the last one.
         """
         sizes = [free_size if size == -1 else size for size in self.shape]
         if self.shape and self.shape[0] == -1:
             sizes[0] = batch_size
-        if not self.dtype.is_floating_point:
-            return torch.zeros(sizes, dtype=self.dtype)
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(sizes, generator=generator).to(self.dtype)
+        if self.dtype.is_floating_point:
+            return torch.randn(sizes, generator=generator).to(self.dtype)
+        example = torch.zeros(sizes, dtype=self.dtype)
+        if varied and example.numel():
+            rows = example.view(sizes[0], -1) if sizes else example.view(1, 1)
+            for number, row in enumerate(rows, 1):
+                length = math.ceil(len(row) * number / len(rows))
+                row[:length] = torch.randint(2, (length,), generator=generator)
+                row[length - 1] = 1
+        return example
 
 
 @dataclass(frozen=True)

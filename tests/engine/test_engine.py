@@ -178,6 +178,47 @@ def test_a_model_whose_answers_depend_on_the_batch_is_never_joined() -> None:
         assert [float(answer.outputs["output"][0, 0]) for answer in answers] == [0, 1, 2, 3, 4, 5]
 
 
+class ToTheLongest(nn.Module):
+    """Averages embeddings over as many places as the longest row of the batch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Average."""
+        longest = int((x > 0).sum(1).max().clamp(min=1))
+        y: torch.Tensor = self.embedding(x[:, :longest]).mean(1)
+        return y
+
+
+def test_rows_of_numbers_that_depend_on_each_other_are_never_joined() -> None:
+    """The start shows the model rows of several lengths, though one of zeros is all that a number's type tells."""
+    with engine_of(ToTheLongest(), TensorSpec("x", torch.int64, (-1, 6))) as (_, runtime):
+        assert runtime.apart is not None
+        assert "depends on its batch mates" in runtime.apart
+
+
+class Kept(nn.Module):
+    """Writes its answers where it wrote those before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = torch.zeros(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Copy."""
+        return self.out[: len(x)].copy_(x)
+
+
+def test_an_answer_stays_as_it_is_when_the_model_writes_over_it() -> None:
+    """What a model returns may be its own memory, and the next forward comes before the answer is sent."""
+    with engine_of(Kept()) as (engine, _):
+        (first,) = results(engine, rows(1))
+        results(engine, rows(2))
+        assert float(first.outputs["output"][0, 0]) == 1
+
+
 def test_a_model_of_one_batch_size_is_never_joined() -> None:
     """As a program exported for it."""
     with engine_of(nn.BatchNorm1d(3).eval(), TensorSpec("x", torch.float32, (1, 3))) as (engine, runtime):
