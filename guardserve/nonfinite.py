@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import cmath
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -39,23 +42,37 @@ def named_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor in a nested output with its path.
 
-    Walks mappings, lists, tuples and dataclass instances; anything else holds no tensors, or ``leaf`` makes it one.
+    Walks mappings, lists, tuples, deques, sets and the attributes of objects that are neither modules nor functions;
+    anything else holds no tensors, or ``leaf`` makes it one.
     """
+    yield from _walk(value, path, leaf, ())
+
+
+def _walk(
+    value: object, path: str, leaf: Callable[[object], torch.Tensor | None], within: tuple[object, ...]
+) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from named_tensors(item, f"{path}[{key!r}]", leaf)
-    elif isinstance(value, (list, tuple)):
+            yield from _walk(item, f"{path}[{key!r}]", leaf, within)
+    elif isinstance(value, (list, tuple, deque, AbstractSet)):
         for index, item in enumerate(value):
-            yield from named_tensors(item, f"{path}[{index}]", leaf)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from named_tensors(getattr(value, field.name), f"{path}.{field.name}", leaf)
-    else:
-        made = leaf(value)
-        if made is not None:
-            yield path, made
+            yield from _walk(item, f"{path}[{index}]", leaf, within)
+    elif (made := leaf(value)) is not None:
+        yield path, made
+    elif not any(value is outer for outer in within):
+        for name, item in _attributes(value).items():
+            yield from _walk(item, f"{path}.{name}", leaf, (*within, value))
+
+
+def _attributes(value: object) -> dict[str, object]:
+    """Return what an object holds, if it is one of data."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if callable(value) or isinstance(value, ModuleType):
+        return {}
+    return getattr(value, "__dict__", {})
 
 
 def _numbers(value: object) -> torch.Tensor | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +42,14 @@ def test_every_tensor_in_a_nested_output_has_a_path() -> None:
         "output['b'][1]",
         "output['c'].boxes[0]",
     ]
+
+
+def test_tensors_in_plain_objects_sets_and_deques_are_found() -> None:
+    """Whatever class holds them, also one that refers to itself; modules and functions hold no outputs."""
+    x = torch.zeros(1)
+    output = SimpleNamespace(scores=x, parts=deque([{x}]), layer=nn.BatchNorm1d(3), function=is_finite)
+    output.itself = output
+    assert [path for path, _ in named_tensors(output)] == ["output.scores", "output.parts[0][0]"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
