@@ -51,7 +51,7 @@ class TensorSpec:
         Args:
             batch_size: Rows, if their number is free.
             free_size: Any other size that is free.
-            varied: Whether other types than floats get zeros and ones, in rows of different lengths up to the last one.
+            varied: Whether other types than floats get ones, and zeros behind them, in rows of different lengths.
         """
         sizes = [free_size if size == -1 else size for size in self.shape]
         if self.shape and self.shape[0] == -1:
@@ -63,9 +63,7 @@ class TensorSpec:
         if varied and example.numel():
             rows = example.view(sizes[0], -1) if sizes else example.view(1, 1)
             for number, row in enumerate(rows, 1):
-                length = math.ceil(len(row) * number / len(rows))
-                row[:length] = torch.randint(2, (length,), generator=generator)
-                row[length - 1] = 1
+                row[: math.ceil(len(row) * number / len(rows))] = 1
         return example
 
 

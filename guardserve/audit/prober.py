@@ -80,8 +80,9 @@ class Prober:
         if not fixed:
             self._example = settled(bench, self._example)
         self._types = _types(bench.model.parameters())
-        self._single = self._example.take([0])
-        self._batch = self._example.among(self._rows, 0)
+        self._chosen = self._example.shortest_first()
+        self._single = self._chosen.take([0])
+        self._batch = self._chosen.among(self._rows, 0)
         self._changed: list[str] = []
         self._random: str | None = None
         self._unsteady: str | None = None
@@ -156,7 +157,7 @@ class Prober:
 
     def _other_mates(self) -> tuple[Example | None, Run | None]:
         """Put the row among rows made up to stand beside it; none when the model runs on no such."""
-        for others in (self._example.among(self._rows, WILD), self._example.among(self._rows, 1)):
+        for others in (self._chosen.among(self._rows, WILD), self._chosen.among(self._rows, 1)):
             run = self._run(others)
             if run is not None and not run.error:
                 return others, run

@@ -149,19 +149,23 @@ def _factory_example(module: nn.Module, factory: object, flags: InputFlags) -> A
     specs = input_specs(forward_parameters(module), declared, flags, _REMEDY)
     if declared is None or flags.shapes or flags.dtypes:
         return _made_up(specs)
-    tensors = declared.values() if isinstance(declared, Mapping) else declared
-    # a constant declares a shape; it is no data that a model should be judged on
-    filled = [
-        spec.example(len(tensor))
-        if tensor.is_floating_point() and bool((tensor == tensor.flatten()[0]).all())
-        else tensor
-        for spec, tensor in zip(specs, tensors, strict=False)
-    ]
+    tensors = list(declared.values() if isinstance(declared, Mapping) else declared)
+    # a constant declares a shape, and so does a whole number if it is 0; that is no data that a model be judged on
+    shaped = [bool((t == (t.flatten()[:1] if t.is_floating_point() else 0)).all()) for t in tensors]
+    if all(shaped) and not all(tensor.is_floating_point() for tensor in tensors):
+        filled = list(_made_up(specs))
+    else:
+        filled = [
+            spec.example(len(tensor)) if shape_only and tensor.is_floating_point() else tensor
+            for spec, tensor, shape_only in zip(specs, tensors, shaped, strict=False)
+        ]
     return dict(zip(declared, filled, strict=True)) if isinstance(declared, Mapping) else tuple(filled)
 
 
 def _made_up(specs: Sequence[TensorSpec]) -> tuple[torch.Tensor, ...]:
-    return tuple(spec.example() for spec in specs)
+    """Make an example; whole numbers come in two rows of different lengths, as one of zeros shows nothing."""
+    rows = 1 if all(spec.dtype.is_floating_point for spec in specs) else 2
+    return tuple(spec.example(rows, varied=True) for spec in specs)
 
 
 def _placed(module: nn.Module, device: torch.device) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from audit.models import Tabular, codes, convolutional, hits, residual
+from audit.models import Tabular, ToTheLongest, codes, convolutional, hits, residual
 from audit.programs import exported, silence, traced
 from safetensors.torch import save_file
 from torch import nn
@@ -43,6 +43,12 @@ def declared() -> nn.Module:
 def declared_by_name() -> nn.Module:
     """Build a model of two inputs, one of which must be an index."""
     return Tabular().eval()
+
+
+@example_input(torch.zeros(1, 5, dtype=torch.int64))
+def of_numbers() -> nn.Module:
+    """Build a model of whole numbers, of whose example only the shape is known."""
+    return ToTheLongest().eval()
 
 
 class Divides(nn.Module):
@@ -93,6 +99,11 @@ def test_a_declared_example_is_used_for_its_shape_and_its_integers() -> None:
     assert {"BN102", "BN105"} <= set(report("test_sources:declared").ran)
     assert not hits(report("test_sources:standardising"), "BN105")
     assert "BN102" in report("test_sources:declared_by_name").ran
+
+
+def test_whole_numbers_that_are_all_zero_are_made_up_too() -> None:
+    """In rows of several lengths, on which a model that mixes them shows itself."""
+    assert hits(report("test_sources:of_numbers"), "BN102")
 
 
 def test_an_example_of_a_given_shape_is_made_up() -> None:
