@@ -288,7 +288,7 @@ class Runtime:
                 self.guard.check(tensor, name, lambda: trace_nonfinite(self.guard.module, *self._placed(tensors)))
             except NonFiniteOutputError as error:  # noqa: PERF203 - each output is counted
                 self._count_nonfinite("output", name, len(error.rows))
-                _log.warning("%s: %s", self.name, error)
+                _log.warning("%s: %s", self.name, error, extra={"model": self.name})
                 errors.append(error)
         return errors
 

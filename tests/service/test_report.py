@@ -134,6 +134,7 @@ def test_every_line_about_a_request_that_failed_has_its_ids(long: bool) -> None:
     errors = {line["request_id"]: line for line in told if line["logger"] != "guardserve.service.report"}
     assert "ValueError: a secret" in errors["mine--100"]["exception"]
     assert "arose in" in errors["mine--101"]["message"]
+    assert errors["mine--101"]["model"] == "net"
     assert not any("secret" in line["message"] for line in told)
 
 
