@@ -67,19 +67,46 @@ def read_answer(body: bytes, header_length: str | None) -> Outputs:
     """Read an answer, whose tensors may be in binary or in JSON.
 
     Raises:
-        ClientError: If it is not one.
+        ClientError: If it is not one; nothing of it is guessed or passed over.
     """
     try:
-        size = len(body) if header_length is None else int(header_length)
+        size = len(body) if header_length is None else _size(header_length, len(body))
         answer = orjson.loads(body[:size])
-        rest, outputs = memoryview(body)[size:], {}
-        for entry in answer["outputs"]:
-            count = (entry.get("parameters") or {}).get("binary_data_size")
-            if count is None:
-                outputs[entry["name"]] = from_json(entry["data"], entry["datatype"], entry["shape"])
-            else:
-                outputs[entry["name"]] = decode(rest[:count], entry["datatype"], entry["shape"])
-                rest = rest[count:]
-        return Outputs(outputs, answer)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ClientError(f"the server's answer is not one of the Open Inference Protocol: {error!r}") from error
+        return Outputs(_read_outputs(answer["outputs"], memoryview(body)[size:]), answer)
+    except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise ClientError(f"the server's answer is not one of the Open Inference Protocol: {reason}") from error
+
+
+def _read_outputs(entries: list[dict[str, Any]], rest: memoryview) -> dict[str, Array]:
+    outputs: dict[str, Array] = {}
+    for entry in entries:
+        name = entry["name"]
+        if not isinstance(name, str) or name in outputs:
+            raise ValueError(f"an output's name is {name!r}, which is no string or another's, too")
+        try:
+            outputs[name], rest = _read_output(entry, rest)
+        except ValueError as error:
+            raise ValueError(f"output {name!r}: {error}") from None
+    if rest:
+        raise ValueError(f"{len(rest)} bytes are left over after the last output")
+    return outputs
+
+
+def _size(header_length: str, most: int) -> int:
+    if not header_length.isascii() or not header_length.isdigit() or int(header_length) > most:
+        raise ValueError(f"{HEADER_LENGTH} is {header_length!r} for an answer of {most} bytes")
+    return int(header_length)
+
+
+def _read_output(entry: Mapping[str, Any], rest: memoryview) -> tuple[Array, memoryview]:
+    """Return an output, and the binary data that are left for those after it."""
+    datatype, shape = entry["datatype"], entry["shape"]
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"its shape is {shape!r}")
+    count = (entry.get("parameters") or {}).get("binary_data_size")
+    if count is None:
+        return from_json(entry["data"], datatype, shape), rest
+    if type(count) is not int or not 0 <= count <= len(rest):
+        raise ValueError(f"its binary_data_size is {count!r}, where {len(rest)} bytes are left")
+    return decode(rest[:count], datatype, shape), rest[count:]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from reprlib import repr as shown
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,6 +34,12 @@ NUMPY: dict[str, np.dtype[Any]] = {
 """The numpy type of each datatype that has one, as its bytes lie on the wire."""
 
 _NAMES = {dtype: name for name, dtype in NUMPY.items()}
+
+_JSON: dict[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}, "O": {str}}
+"""What the values of a tensor in JSON are, by the kind of its numpy type."""
+
+_NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""How guardserve's server sends what JSON has no numbers for."""
 
 
 def encode(value: object) -> tuple[str, list[int], bytes | memoryview]:
@@ -83,16 +91,49 @@ def decode(data: bytes | memoryview, datatype: str, shape: Sequence[int]) -> Arr
 
 
 def from_json(data: object, datatype: str, shape: Sequence[int]) -> Array:
-    """Return the array of a tensor that came as JSON.
+    """Return the array of a tensor that came as JSON, flat or nested like its shape.
+
+    Nothing is converted that is none of the datatype: no float is cut to an integer, no bool taken for a number.
 
     Raises:
         ValueError: It is not one of that datatype and shape.
     """
-    if datatype == "BYTES":
-        return np.array(data, dtype=object).reshape(shape)
-    if datatype not in NUMPY:
+    if datatype != "BYTES" and datatype not in NUMPY:
         raise ValueError(f"the datatype {datatype!r} has no form in JSON")
-    return np.array(data, dtype=NUMPY[datatype].newbyteorder("=")).reshape(shape)
+    dtype = np.dtype(object) if datatype == "BYTES" else NUMPY[datatype].newbyteorder("=")
+    values = _flatten(data, shape)
+    if len(values) != math.prod(shape):
+        raise ValueError(f"{len(values)} values are not of shape {list(shape)}")
+    if dtype.kind == "f" and str in set(map(type, values)):
+        values = [_NONFINITE.get(value, value) if type(value) is str else value for value in values]
+    if strange := set(map(type, values)) - _JSON[dtype.kind]:
+        value = next(value for value in values if type(value) in strange)
+        raise ValueError(f"{shown(value)} is no {datatype}")
+    if values and dtype.kind in "ui":
+        limits: Any = np.iinfo(dtype)
+        for value in (min(values), max(values)):
+            if not limits.min <= value <= limits.max:
+                raise ValueError(f"{value} is beyond {datatype}")
+    try:
+        with np.errstate(over="raise"):
+            return np.array(values, np.float64 if dtype.kind == "f" else dtype).astype(dtype).reshape(shape)
+    except (FloatingPointError, OverflowError):
+        raise ValueError(f"a value is beyond {datatype}") from None
+
+
+def _flatten(data: object, shape: Sequence[int]) -> list[Any]:
+    """Undo the nesting of data, level by level so that its depth cannot exhaust the stack."""
+    if not isinstance(data, list):
+        raise ValueError(f"its data are {shown(data)}, no list")  # noqa: TRY004 - of a server, not of a caller
+    if len(shape) < 2 or not data or type(data[0]) is not list:  # noqa: PLR2004 - one level is flat already
+        return data
+    if len(data) != shape[0]:
+        raise ValueError(f"{len(data)} lists are not of shape {list(shape)}")
+    for size in shape[1:]:
+        if not set(map(type, data)) <= {list} or not set(map(len, data)) <= {size}:
+            raise ValueError(f"its data are not nested like shape {list(shape)}")
+        data = list(chain.from_iterable(data))
+    return data
 
 
 def _element(value: object) -> bytes:

@@ -320,6 +320,37 @@ def test_only_refusals_that_ask_for_it_are_tried_again(
         assert server.seen == tries
 
 
+def answer(*outputs: dict[str, Any], tail: bytes = b"", length: int | None = None) -> tuple[int, dict[str, str], bytes]:
+    """Return an answer with outputs that differ from a good one of binary data as is said."""
+    good = {"name": "y", "shape": [2], "datatype": "FP32", "parameters": {"binary_data_size": 8}}
+    head = json.dumps({"outputs": [{**good, **output} for output in outputs]}).encode()
+    return 200, {"Inference-Header-Content-Length": str(len(head) if length is None else length)}, head + tail
+
+
+@pytest.mark.parametrize(
+    ("answered", "reason"),
+    [
+        (answer({}, tail=bytes(8), length=-2), "Inference-Header-Content-Length is '-2'"),
+        (answer({}, tail=bytes(8), length=1000), "Inference-Header-Content-Length is '1000'"),
+        (answer({"parameters": {"binary_data_size": 100}}, tail=bytes(8)), "output 'y': its binary_data_size is 100"),
+        (answer({"parameters": {"binary_data_size": -8}}, tail=bytes(8)), "output 'y': its binary_data_size is -8"),
+        (answer({"parameters": {"binary_data_size": True}}, tail=bytes(8)), "its binary_data_size is True"),
+        (answer({}, tail=bytes(16)), "8 bytes are left over"),
+        (answer({}, {}, tail=bytes(16)), "an output's name is 'y'"),
+        (answer({"name": 5}, tail=bytes(8)), "an output's name is 5"),
+        (answer({"shape": [-1]}, tail=bytes(8)), r"output 'y': its shape is \[-1\]"),
+        (answer({"shape": 2}, tail=bytes(8)), "output 'y': its shape is 2"),
+        (answer({"parameters": {}, "data": [1.7, 2], "datatype": "INT32"}), r"output 'y': 1\.7 is no INT32"),
+        (answer({"parameters": {}, "data": [300, 2], "datatype": "UINT8"}), "output 'y': 300 is beyond UINT8"),
+        (answer({"parameters": {}}), "KeyError"),
+    ],
+)
+def test_an_answer_that_contradicts_itself_is_refused_by_what_is_wrong(answered: Any, reason: str) -> None:
+    """A client that guessed would return numbers that no model gave."""
+    with canned(answered) as (url, _), pytest.raises(exceptions.ClientError, match=reason):
+        call_sync(url, "infer", {"x": ROWS})
+
+
 def test_an_input_of_no_datatype_is_refused_by_name(call: Call) -> None:
     """Nothing is sent."""
     with canned() as (url, server):

@@ -101,3 +101,47 @@ def test_json_is_read_where_a_server_sends_it() -> None:
     assert from_json(["a", "b"], "BYTES", [2]).tolist() == ["a", "b"]
     with pytest.raises(ValueError, match="BF16"):
         from_json([1.0], "BF16", [1])
+
+
+@pytest.mark.parametrize(
+    ("data", "datatype", "shape", "reason"),
+    [
+        ([1.7], "INT32", [1], r"1\.7 is no INT32"),
+        ([True], "INT32", [1], "True is no INT32"),
+        ([1, "false"], "BOOL", [2], "is no BOOL"),
+        ([None, 1], "FP32", [2], "None is no FP32"),
+        (["nan"], "FP32", [1], "'nan' is no FP32"),
+        ([True], "FP64", [1], "True is no FP64"),
+        ([1], "BYTES", [1], "1 is no BYTES"),
+        ([300], "UINT8", [1], "300 is beyond UINT8"),
+        ([5, -1], "UINT64", [2], "-1 is beyond UINT64"),
+        ([2**64], "INT64", [1], "is beyond INT64"),
+        ([1e300], "FP32", [1], "beyond FP32"),
+        ([10**400], "FP64", [1], "beyond FP64"),
+        ([1, 2, 3], "FP32", [2], "3 values are not of shape"),
+        ([[1], [2, 3]], "FP32", [2, 2], "not nested like shape"),
+        ([[1, 2]], "FP32", [2, 1], "1 lists are not of shape"),
+        (1, "FP32", [1], "1, no list"),
+        ({"a": 1}, "FP32", [1], "no list"),
+    ],
+)
+def test_json_that_is_none_of_its_datatype_is_refused(
+    data: object, datatype: str, shape: list[int], reason: str
+) -> None:
+    """Nothing is cut, wrapped around, or taken for something else."""
+    with pytest.raises(ValueError, match=reason):
+        from_json(data, datatype, shape)
+
+
+@pytest.mark.parametrize("datatype", [name for name, dtype in NUMPY.items() if dtype.kind in "ui"])
+def test_json_gives_the_whole_range_of_an_integer_exactly(datatype: str) -> None:
+    """Also where a float would round."""
+    limits = np.iinfo(NUMPY[datatype])
+    extremes = [int(limits.min), int(limits.max)]
+    assert from_json(extremes, datatype, [2]).tolist() == extremes
+
+
+def test_json_gives_what_is_not_finite_as_guardserve_sends_it() -> None:
+    """JSON has no number for it."""
+    values = from_json(["NaN", "Infinity", "-Infinity", 1], "FP32", [4])
+    np.testing.assert_array_equal(values, np.array([np.nan, np.inf, -np.inf, 1], np.float32))
