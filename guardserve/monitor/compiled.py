@@ -17,6 +17,8 @@ from guardserve.monitor.reading import Plan
 
 Deliver = Callable[[int, list[int], list[int], list[torch.Tensor]], None]
 
+_FAKE, _mode_of = torch._C._TorchDispatchModeKey.FAKE, torch._C._get_dispatch_mode  # noqa: SLF001
+
 _receivers: weakref.WeakValueDictionary[int, Inbox] = weakref.WeakValueDictionary()
 _tokens = itertools.count()
 
@@ -115,8 +117,7 @@ def exporting() -> bool:
 
 def faked() -> bool:
     """Tell whether this thread computes with tensors that hold nothing, as ``torch.export`` does."""
-    key = torch._C._TorchDispatchModeKey.FAKE  # noqa: SLF001
-    return torch._C._get_dispatch_mode(key) is not None  # noqa: SLF001
+    return _mode_of(_FAKE) is not None
 
 
 class Traced:

@@ -14,7 +14,7 @@ import torch
 from guardserve.batchnorm import ObservationPoint
 from guardserve.monitor.reading import Reading, Rows
 from guardserve.monitor.taps import Record
-from guardserve.monitor.workspace import Workspace
+from guardserve.monitor.workspace import Layout
 
 Array = npt.NDArray[np.float32]
 
@@ -87,7 +87,7 @@ class FeatureReader:
         means, variances = ([sum(run[i] for run in part) / len(part) for part in parts] for i in (0, 1))
         return Rows(np.concatenate(means, axis=1), np.concatenate(variances, axis=1))
 
-    def _columns(self, bundle: Workspace) -> npt.NDArray[np.intp] | None:
+    def _columns(self, bundle: Layout) -> npt.NDArray[np.intp] | None:
         """Return where a bundle has the channels of the layers, in order; None if it has just these."""
         if bundle.route == self._indices:
             return None

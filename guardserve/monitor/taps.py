@@ -29,7 +29,7 @@ from guardserve.monitor.compiled import (
     uncompiled,
 )
 from guardserve.monitor.reading import VALUES, Plan, Reading, Rows, read, side_by_side
-from guardserve.monitor.workspace import Place, Sheet, Sheets, Slot, Workspace, fits
+from guardserve.monitor.workspace import Layout, Place, Sheet, Sheets, Slot, Workspace, fits
 from guardserve.nonfinite import named_tensors
 from guardserve.tracing import is_tracing
 
@@ -37,6 +37,8 @@ TIMED = 16
 """One forward in so many is timed."""
 
 _KEPT_PLANS = 64
+
+_tracing_state = torch._C._get_tracing_state  # noqa: SLF001 - torch.jit.is_tracing asks it
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class Record:
         turn: Number of the forward.
         values: Values read of each sample at each layer, about; None is all.
         readings: What layers showed, in the order in which they ran; empty if ``bundle`` has all of it.
-        bundle: How what all layers showed is laid out side by side, if it was written down together.
+        bundle: How what all layers showed is laid out side by side, if it is.
         ready: On an accelerator, the event after which the readings are there.
         seconds: If the forward was timed, when it began; at its end, how long it took.
         spent: If it was timed, the seconds of it that readings took.
@@ -82,7 +84,7 @@ class Record:
         self.slots = slots
         self.filled: dict[int, None] = {}
         self.places: list[Place] | None = None
-        self.bundle: Workspace | None = None
+        self.bundle: Layout | None = None
         self.ready: torch.cuda.Event | None = None
         self.seconds: float | None = None
         self.spent = 0.0
@@ -146,6 +148,7 @@ class Record:
         """End a forward: what was written down is all that it showed, or makes readings like the others."""
         sheet = self.sheet
         if sheet is None:
+            self._compact()
             return
         if self.filled and not self.readings and len(self.filled) == len(sheet.workspace.order):
             self.bundle = sheet.workspace
@@ -157,6 +160,13 @@ class Record:
             parts = [part for part in sheet.workspace.parts(sheet.rows().copy()) if part[0] in self.filled]
             self.readings += [Reading.of(index, rows) for index, rows in parts]
         self._give_back()
+
+    def _compact(self) -> None:
+        """Put readings side by side now: many small tensors that wait between large ones would scatter the memory."""
+        if len(self.readings) > 1 and self.whole and self.readings[0].total.is_cpu:
+            widths = tuple(reading.total.shape[1] for reading in self.readings)
+            self._rows, order = side_by_side(self.readings), self.order
+            self.bundle, self.readings = Layout(order, order, widths), []
 
     def _give_back(self) -> None:
         sheet, self.sheet = self.sheet, None
@@ -404,10 +414,9 @@ class Taps:
             self._unpack(record, traced.readings)
             self._turn.add_(1)
         traced.clear()
-        if record.sheet is not None:
-            record.close()
-        elif record.places is not None and args:
+        if record.places is not None and args:
             self._lay_out(record, args)
+        record.close()
         if record.readings or record.bundle is not None:
             if record.seconds:
                 record.spent += time.perf_counter() - began
@@ -487,7 +496,7 @@ _IGNORED = Record(0, 0, None, [])
 
 def _looks_only() -> bool:
     """Tell whether a forward of this thread serves nobody: it is traced or exported, or re-run to look into it."""
-    return is_tracing() or torch._C._get_tracing_state() is not None or faked()  # noqa: SLF001 - torch.jit.is_tracing
+    return is_tracing() or _tracing_state() is not None or faked()
 
 
 def _excuse(tap: _Tap, error: Exception) -> None:

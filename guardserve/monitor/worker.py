@@ -6,6 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
+from queue import SimpleQueue
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ class Worker:
     def __init__(self, work: Callable[[], object], name: str) -> None:
         self._work = weakref.WeakMethod(work)
         self._name = name
-        self._wanted = threading.Event()
+        self._wanted = False
+        self._calls: SimpleQueue[None] = SimpleQueue()  # unlike an event's, its lock is never waited for
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stopped = False
@@ -36,13 +38,14 @@ class Worker:
         """Have the work done soon."""
         if self._thread is None:
             self._start()
-        if not self._wanted.is_set():
-            self._wanted.set()
+        if not self._wanted:
+            self._wanted = True
+            self._calls.put(None)
 
     def stop(self) -> None:
         """End the thread; work that it is in is finished first."""
         self._stopped = True
-        self._wanted.set()
+        self._calls.put(None)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(PATIENCE)
@@ -56,8 +59,8 @@ class Worker:
 
     def _run(self) -> None:
         while True:
-            self._wanted.wait()
-            self._wanted.clear()
+            self._calls.get()
+            self._wanted = False
             work = self._work()
             if self._stopped or work is None:
                 return

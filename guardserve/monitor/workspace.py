@@ -18,8 +18,8 @@ import torch
 
 from guardserve.monitor.reading import Plan, Rows
 
-MOST_VALUES = 2_000_000
-"""Values that a buffer holds at most, 8 MB; where more would be read, an operation more or less is no matter."""
+MOST_VALUES = 2**22
+"""Values that a buffer holds at most, 16 MB; where more would be read, an operation more or less is no matter."""
 
 MOST_WAITING = 2**20
 """Values that may wait to be summed up, unless a single forward has more."""
@@ -95,7 +95,32 @@ class _Group:
     anchor: npt.NDArray[np.float32]
 
 
-class Workspace:
+class Layout:
+    """Which columns are whose, where all layers of a forward are side by side.
+
+    Args:
+        order: The layers, in the order in which they run.
+        route: The layers, in the order in which they are side by side.
+        widths: Channels of each of these.
+    """
+
+    def __init__(self, order: tuple[int, ...], route: tuple[int, ...], widths: tuple[int, ...]) -> None:
+        self.order = order
+        self.route = route
+        self.widths = widths
+
+    def parts(self, rows: Rows) -> list[tuple[int, Rows]]:
+        """Divide rows up into those of each layer."""
+        ends = accumulate(self.widths)
+        columns = [slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
+        variance = np.zeros_like(rows.mean) if rows.variance is None else rows.variance
+        return [
+            (index, Rows(rows.mean[:, part], variance[:, part]))
+            for index, part in zip(self.route, columns, strict=True)
+        ]
+
+
+class Workspace(Layout):
     """How a buffer is laid out for forwards of one shape.
 
     Args:
@@ -103,15 +128,11 @@ class Workspace:
         layers: How many observation points there are.
 
     Attributes:
-        order: The layers, in the order in which they run.
-        route: The layers, in the order in which they are side by side.
-        widths: Channels of each of these.
         values: Number of values that a forward reads.
         flat: Whether each layer has one position.
     """
 
     def __init__(self, places: Sequence[Place], layers: int) -> None:
-        self.order = tuple(place.index for place in places)
         self.values = 0
         self._layers = layers
         self._samples = places[0].plan.size[0]
@@ -127,8 +148,12 @@ class Workspace:
             self._groups.append(_Group(members, shape, part, slice(first, first + len(anchor)), anchor))
             self.values, first = part.stop, first + len(anchor)
         self.flat = list(by_count) == [1]
-        self.route = tuple(place.index for group in self._groups for place in group.places)
-        self.widths = tuple(len(place.anchor) for group in self._groups for place in group.places)
+        members = [place for group in self._groups for place in group.places]
+        super().__init__(
+            tuple(place.index for place in places),
+            tuple(place.index for place in members),
+            tuple(len(place.anchor) for place in members),
+        )
 
     def slots(self, buffer: torch.Tensor) -> list[Slot | None]:
         """Lay out a buffer: return the slot of each observation point, None where there is none."""
@@ -141,16 +166,6 @@ class Workspace:
                 out = values[:, :, end - width : end].view(*size[2:], *size[:2])
                 slots[place.index] = Slot(place.shape, place.stride, place.plan, out)
         return slots
-
-    def parts(self, rows: Rows) -> list[tuple[int, Rows]]:
-        """Divide rows up into those of each layer."""
-        ends = accumulate(self.widths)
-        columns = [slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
-        variance = np.zeros_like(rows.mean) if rows.variance is None else rows.variance
-        return [
-            (index, Rows(rows.mean[:, part], variance[:, part]))
-            for index, part in zip(self.route, columns, strict=True)
-        ]
 
     def rows(self, buffer: npt.NDArray[np.float32]) -> Rows:
         """Return what a forward's layers showed, in the order of :attr:`route`.
@@ -215,8 +230,8 @@ class Sheet:
 
     @property
     def urgent(self) -> bool:
-        """Whether half of what may wait does."""
-        return 2 * len(self._shelf.waiting) >= self._shelf.most
+        """Whether most of what may wait does."""
+        return 4 * len(self._shelf.waiting) >= 3 * self._shelf.most
 
     def rows(self) -> Rows:
         """Sum up what was written; once."""

@@ -130,6 +130,25 @@ def test_so_many_may_wait_and_no_more(
     taps.close()
 
 
+def test_what_cannot_share_a_buffer_waits_in_two_arrays_and_not_in_many_tensors(records: list[Record]) -> None:
+    """In float64 layers are summed up as they run; the figures are each layer's own all the same."""
+    model, x = net().double(), torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    taps = Taps(model, records.append, values=None)
+    with torch.inference_mode():
+        model(x)
+        model(x)
+        taps.close()
+        mean, variance = exact(model, x)
+    for record in records:
+        assert not record.readings
+        assert record.sheet is None
+        assert record.order == record.route == (0, 1, 2)
+        rows = [row for _, row in record.parts()]
+        np.testing.assert_allclose(np.concatenate([row.mean for row in rows], 1), mean, atol=1e-12)
+        spread = np.concatenate([np.zeros_like(row.mean) if row.variance is None else row.variance for row in rows], 1)
+        np.testing.assert_allclose(spread, variance, atol=1e-12)
+
+
 def test_a_forward_that_skips_a_layer_is_seen_by_the_others() -> None:
     """It cannot be laid out as the ones before it, and nothing of those is taken for its own."""
     model = Skipping().eval()
