@@ -6,19 +6,21 @@ Prints, for each model and batch size, the time of a plain forward (``eval()`` a
 format in which it is fastest) and the ratios to it of: a hook of a few lines that takes ``torch.var_mean`` of each
 BatchNorm layer's input; the model guarded and monitored; fused, guarded and monitored; compiled and fused; compiled,
 fused, guarded and monitored; and the ratio of the last two. Medians of the ratios within each of the interleaved
-rounds. With ``--device cuda``, times are those between CUDA events, under autocast and channels_last.
+rounds, each in an order of its own. All models that are not fused share their weights: where copies lie in memory
+makes them differ by some percent. With ``--device cuda``, times are those between CUDA events, under autocast and
+channels_last.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,6 +92,19 @@ def monitored(model: nn.Module, x: torch.Tensor, *, compiled: bool = False) -> F
     return lambda: (guard(x), monitor)
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """Copy a model's modules, but not its tensors."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def one_round(forwards: list[Forward], repeat: int, device: str) -> list[float]:
+    """Time each forward once, in random order; return the times in the order given."""
+    order = random.sample(range(len(forwards)), len(forwards))
+    times = {i: seconds(forwards[i], repeat, device) for i in order}
+    return [times[i] for i in range(len(forwards))]
+
+
 def seconds(forward: Forward, repeat: int, device: str) -> float:
     """Time one forward, as the mean of some."""
     if device == "cuda":
@@ -125,11 +140,10 @@ def measure(
     layout = torch.channels_last if options.device == "cuda" else fastest_layout(model, x)
     if len(size) > 1:
         model, x = model.to(memory_format=layout), x.contiguous(memory_format=layout)
-    clone = partial(copy.deepcopy, model)
     forwards = [
         plain(model, x),
-        naive(clone(), x),
-        monitored(clone(), x),
+        naive(twin(model), x),
+        monitored(twin(model), x),
         monitored(fuse(model), x),
     ]
     if not options.no_compile:
@@ -141,7 +155,7 @@ def measure(
     with autocast:
         for _ in range(3):
             repeat = max(1, min(50, round(options.least / max(1e-6, min(seconds(f, 1, "cpu") for f in forwards)))))
-        rounds = [[seconds(f, repeat, options.device) for f in forwards] for _ in range(options.rounds)]
+        rounds = [one_round(forwards, repeat, options.device) for _ in range(options.rounds)]
     ratios = [statistics.median(times[i] / times[0] for times in rounds) for i in range(1, len(forwards))]
     if not options.no_compile:
         ratios.append(statistics.median(times[-1] / times[-2] for times in rounds))
