@@ -6,7 +6,9 @@ import http.client
 import json
 import math
 import os
+import pickle
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +27,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from idle_workers import silent_then_broken
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.samples import Exemplar
 from serving import TIMEOUT, free_port, is_ready, metric, wait_until
@@ -36,8 +39,10 @@ from guardserve.exceptions import GuardserveError
 from guardserve.metrics import METRICS
 from guardserve.monitor import Detection, Detector, Monitor, ReferenceProfile, Summary
 from guardserve.monitor.merging import Summarizer
+from guardserve.workers import Supervisor
+from guardserve.workers import supervisor as supervisor_module
 from guardserve.workers.families import merge
-from guardserve.workers.messages import Report
+from guardserve.workers.messages import Report, Up
 from guardserve.workers.pool import Pool
 from guardserve.workers.sockets import bind
 
@@ -453,3 +458,23 @@ def test_a_summarizer_adds_up_what_a_summary_of_the_features_is(profile: Referen
     assert summary.digest == expected.digest
     for name in ("intervals", "samples", "nonfinite", "features", "vectors", "oddness"):
         np.testing.assert_allclose(getattr(summary, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+
+
+def test_a_worker_that_says_nothing_is_ended_and_one_that_cannot_start_again_ends_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for either: the one is replaced, and after some attempts the supervisor gives up."""
+    before = signal.getsignal(signal.SIGTERM)
+    for name, value in {"SILENCE": 0.3, "POLL_INTERVAL": 0.1, "PATIENCE": 0.1, "ATTEMPTS": 3, "BACKOFF": 0.01}.items():
+        monkeypatch.setattr(supervisor_module, name, value)
+    starts = tmp_path / "starts"
+    arguments = (pickle.dumps(Up()), starts)
+    supervisor = Supervisor(silent_then_broken, arguments, sockets=[], workers=1, pool=Pool(), timeout=1)
+    with pytest.raises(GuardserveError, match="worker 1 ended with status 3 before it was up"):
+        supervisor.run()
+    assert starts.read_text() == "...."
+    assert "worker 1 does not report any more: it is killed" in caplog.text
+    waits = re.findall(r"started again in ([\d.]+) s", caplog.text)
+    assert len(waits) == 3
+    assert "worker 1 has ended by SIGKILL: it is started again" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) == before, "handlers are given back"

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 from prometheus_client.core import Metric
@@ -36,6 +37,7 @@ class Link(Collector):
         self._line = Line(connection)
         self._tickets = itertools.count()
         self._scrapes: dict[int, Future[Pooled]] = {}
+        self._last = Report(None, [])
 
     def attach(self, metrics: Metrics, leave: Callable[[], object]) -> None:
         """Report these metrics from now on, and have scrapes show those of all workers.
@@ -95,19 +97,21 @@ class Link(Collector):
                     self._line.send(self._report(message))
                 elif isinstance(message, Hurry):
                     leave()
+                elif isinstance(message, Pooled) and (waiting := self._scrapes.get(message.ticket)) is not None:
+                    waiting.set_result(message)
             except (EOFError, OSError):  # noqa: PERF203 - the end of the line is that of the loop
                 break
-            except Exception:  # noqa: BLE001 - the supervisor has the last report, and asks again
-                _log.exception("this worker could not tell its metrics")
-            else:
-                waiting = self._scrapes.get(message.ticket) if isinstance(message, Pooled) else None
-                if waiting is not None:
-                    waiting.set_result(message)
         _log.error("the supervisor of this worker is gone: it answers what it has accepted, and ends")
         leave()
 
     def _report(self, asked: Collect) -> Report:
-        runtime = self._metrics.runtime
-        families = list(self._metrics.registry.collect())
-        window, seen = runtime.monitor.window(asked.since)
-        return Report(asked.round, families, runtime.fingerprint, window, seen, runtime.monitor.take_summary())
+        try:
+            runtime = self._metrics.runtime
+            families = list(self._metrics.registry.collect())
+            window, seen = runtime.monitor.window(asked.since)
+            summary = runtime.monitor.take_summary()
+        except Exception:  # noqa: BLE001 - the server goes on, and the supervisor goes by what it has
+            _log.exception("this worker could not tell its metrics")
+            return replace(self._last, round=asked.round, summary=None)
+        self._last = Report(asked.round, families, runtime.fingerprint, window, seen, summary)
+        return self._last

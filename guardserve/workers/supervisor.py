@@ -33,6 +33,9 @@ POLL_INTERVAL = 2.0
 PATIENCE = 0.5
 """Seconds that workers have to report: after that, the last report of one that is busy or hangs is used."""
 
+SILENCE = 60.0
+"""Seconds after which a worker that does not report is taken for dead, and ended."""
+
 STUCK = 5
 """Seconds that a worker may stop in the middle of a message; then its line is lost, and it is ended."""
 
@@ -157,6 +160,9 @@ class Supervisor:
                 if worker.process is None and worker.starts_at <= now:
                     self._restarts += 1
                     self._start(worker)
+                elif worker.silent_since is not None and now - worker.silent_since >= SILENCE:
+                    worker.silent_since = None
+                    worker.end("does not report any more")
         elif self._ends_by <= now:
             for worker in self._workers:
                 worker.end("did not end in time")
@@ -237,10 +243,15 @@ class Supervisor:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             process.start()
+        except OSError as error:  # no memory for another process, say: the others go on
+            mine.close()
+            worker.reason = str(error)
+            self._put_off(worker, None, None)
+        else:
+            worker.process, worker.line, worker.reason = process, Line(mine), None
         finally:
             signal.signal(signal.SIGINT, before)
-        theirs.close()
-        worker.process, worker.line, worker.report, worker.up_since = process, Line(mine), None, None
+            theirs.close()
 
     def _hear(self, worker: _Worker) -> None:
         """Take a message."""
@@ -248,9 +259,12 @@ class Supervisor:
             return
         try:
             message = worker.line.receive()
-        except (EOFError, OSError) as error:
-            if not isinstance(error, (EOFError, ConnectionError)):
-                worker.end("stopped in the middle of a message")
+        except (EOFError, ConnectionError):
+            worker.hang_up()
+            return
+        except Exception:  # noqa: BLE001 - whatever it was, nothing after it can be read
+            _log.exception("a message of worker %d is not whole", worker.number)
+            worker.end("stopped in the middle of a message")
             worker.hang_up()
             return
         if isinstance(message, Up):
@@ -262,11 +276,12 @@ class Supervisor:
         elif isinstance(message, Scrape):
             self._next_waiting.append((worker, message.ticket))
         elif isinstance(message, Report):
-            worker.report = message
-            self._pool.judge([message] if message.round != self._round else [])
-            if message.round == self._round:
+            worker.report, worker.silent_since = message, None
+            if message.round == self._round and self._round_ends is not None:
                 worker.fresh = True
                 self._asked.discard(worker.number)
+            else:
+                self._judge([message])
 
     def _bury(self, worker: _Worker) -> None:
         """Keep what an ended worker had counted, and see whether it is to be started again."""
@@ -284,15 +299,20 @@ class Supervisor:
         if self._ends_by is not None:
             worker.lost = worker.lost or (age is not None and status != 0)
             return
+        self._put_off(worker, status, age)
+
+    def _put_off(self, worker: _Worker, status: int | None, age: float | None) -> None:
+        """Have a worker started again after a while."""
         if age is None:
             self._failed_start(worker, status)
         worker.deaths = 1 if age is not None and age >= GROWN_UP else worker.deaths + 1
         delay = min(BACKOFF * 2 ** (worker.deaths - 1), LONGEST_BACKOFF)
         worker.starts_at = time.monotonic() + delay
         _log.error(
-            "worker %d has ended%s: it is started again in %.1f s",
+            "worker %d has ended%s%s: it is started again in %.1f s",
             worker.number,
             _words(status),
+            "" if worker.reason is None else f", as {worker.reason}",
             delay,
             extra={"event": "worker", "worker": worker.number},
         )
@@ -307,6 +327,13 @@ class Supervisor:
         if not self._was_up or (self._failed_starts >= ATTEMPTS and not any(other.up for other in self._workers)):
             raise GuardserveError(worker.reason or f"worker {worker.number} ended{_words(status)} before it was up")
 
+    def _judge(self, reports: Sequence[Report]) -> None:
+        """Show the detector what workers have told; whatever comes of it, they are to serve on."""
+        try:
+            self._pool.judge(reports)
+        except Exception:  # noqa: BLE001
+            _log.exception("the detector of all workers could not judge what they have seen")
+
     def _begin_round(self) -> None:
         """Ask every worker for what it has counted."""
         now = time.monotonic()
@@ -317,7 +344,7 @@ class Supervisor:
         for worker in self._workers:
             worker.fresh = False
             if worker.up and worker.caught_up:
-                worker.asked = self._round
+                worker.asked, worker.silent_since = self._round, now
                 if self._tell(worker, Collect(self._round, since)):
                     self._asked.add(worker.number)
 
@@ -326,8 +353,14 @@ class Supervisor:
         self._round_ends = None
         self._asked.clear()
         reports = self._reports()
-        self._pool.judge([worker.report for worker in self._workers if worker.fresh and worker.report is not None])
+        self._judge([worker.report for worker in self._workers if worker.fresh and worker.report is not None])
         waiting, self._waiting = self._waiting, []
+        try:
+            self._answer(waiting, reports)
+        except Exception:  # noqa: BLE001 - as above: a scrape that fails is no reason to serve no more
+            _log.exception("the metrics of all workers could not be put together")
+
+    def _answer(self, waiting: Sequence[tuple[_Worker, int]], reports: Sequence[Report]) -> None:
         if not waiting:
             return
         up = sum(worker.up for worker in self._workers)
@@ -366,6 +399,7 @@ class _Worker:
         self.report: Report | None = None
         self.fresh = False
         self.asked = 0
+        self.silent_since: float | None = None
         self.up_since: float | None = None
         self.starts_at = 0.0
         self.deaths = 0
@@ -407,7 +441,7 @@ class _Worker:
     def forget(self) -> None:
         """Forget a process that has ended."""
         self.hang_up()
-        self.process = self.report = self.up_since = None
+        self.process = self.report = self.up_since = self.silent_since = None
         self.asked = 0
 
 

@@ -1,0 +1,25 @@
+"""What workers of a test run: as little as may be, so that they start at once."""
+
+from __future__ import annotations
+
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+
+def silent_then_broken(connection: Connection, sockets: object, up: bytes, starts: Path) -> None:
+    """Say once to be up and then nothing any more; the next times, end at once.
+
+    Args:
+        connection: The line to the supervisor.
+        sockets: Not used.
+        up: What to say.
+        starts: File of one character for each start.
+    """
+    del sockets
+    with starts.open("a") as file:
+        file.write(".")
+    if len(starts.read_text()) > 1:
+        raise SystemExit(3)
+    connection.send_bytes(up)
+    time.sleep(60)
