@@ -95,9 +95,9 @@ def workers(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[byte
     arguments += ["--drain-delay", "0.3", *options]
     process = subprocess.Popen([PROGRAM, *arguments], cwd=folder)
     try:
-        wait_until(lambda: process.poll() is not None or is_ready(f"http://127.0.0.1:{port}"))
+        wait_until(lambda: process.poll() is not None or is_ready(f"http://127.0.0.1:{port}"), 2 * TIMEOUT)
         assert process.poll() is None
-        wait_until(lambda: scraped(port, UP) == 2)
+        wait_until(lambda: scraped(port, UP) == 2, 2 * TIMEOUT)
         yield process, port
     finally:
         process.kill()  # the workers notice
@@ -205,10 +205,10 @@ def test_two_workers_answer_as_one_and_survive_the_death_of_one(tmp_path: Path) 
             counts.append(scraped(port, REQUESTS))
             os.kill(victim, signal.SIGKILL)
             died = time.monotonic()
-            while (restarts := scraped(port, RESTARTS)) == 0 and time.monotonic() < died + TIMEOUT:
+            while (restarts := scraped(port, RESTARTS)) == 0 and time.monotonic() < died + 2 * TIMEOUT:
                 counts.append(scraped(port, REQUESTS))
                 time.sleep(0.1)
-            while (scraped(port, UP) < 2 or len(more.processes) < 3) and time.monotonic() < died + TIMEOUT:
+            while (scraped(port, UP) < 2 or len(more.processes) < 3) and time.monotonic() < died + 2 * TIMEOUT:
                 counts.append(scraped(port, REQUESTS))
                 time.sleep(0.1)
         assert restarts == 1
@@ -288,7 +288,7 @@ def test_workers_that_cannot_start_end_the_command_with_their_reason(tmp_path: P
     """The status is not 0, and one line says what one process alone would."""
     (tmp_path / "namedmodel.py").write_text(MODEL)
     command = [str(PROGRAM), "serve", "namedmodel:broken", "--workers", "2", "--port", "0", "--log-level", "error"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False)
     assert done.returncode == 1
     assert "no such weights" in done.stderr
     assert "Traceback" not in done.stderr
