@@ -131,7 +131,7 @@ class Detector:
         """Take samples in order, shape ``(N, F)``; rows with NaN or infinity are counted and change nothing else.
 
         Returns:
-            Their p-values: NaN for a sample that could not be judged.
+            Their p-values: 0, odder than any, for one with NaN or infinity in a layer.
         """
         p_values = [p for i in range(0, len(features), CHUNK) for p in self._judge_chunk(features[i : i + CHUNK])]
         self._scores.extend(p_values)
@@ -167,7 +167,7 @@ class Detector:
             self._follow(features, vectors, evidence, positions[seen].tolist(), counts[seen].tolist())
 
     def drain(self) -> list[float]:
-        """Return the p-values since the last call, oldest first: NaN for a sample that could not be judged."""
+        """Return the p-values since the last call, oldest first."""
         scores = list(self._scores)
         self._scores.clear()
         return scores
@@ -210,7 +210,7 @@ class Detector:
         levels = self.profile.levels
         oddness = levels.oddness(length)
         found = iter(self.profile.p_values(oddness.max(1)).tolist())
-        p_values = [next(found) if good else math.nan for good in finite]
+        p_values = [next(found) if good else 0.0 for good in finite]
         vectors_cut = shorten(vectors, levels.radius, length)
         if self.summarizer is not None:
             self.summarizer.add(len(finite) - len(features), standardised, vectors_cut, oddness)

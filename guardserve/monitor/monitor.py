@@ -392,7 +392,7 @@ class Monitor:
                 model(x)
 
         They are there when the forward returns, as it judges its samples itself, after those of forwards that ended
-        before. NaN stands for a sample that cannot be judged. :meth:`scores` tells them too.
+        before. NaN stands for a sample whose forward does not pass each layer. :meth:`scores` tells the others too.
 
         Raises:
             ReferenceProfileError: If the monitor has no reference profile.

@@ -20,8 +20,8 @@ SHIFT = "guardserve_shift"
 class ShiftPolicy:
     """Judges each request by the oddest of its own rows, whatever it was batched with.
 
-    A row that cannot be judged, as it has NaN or infinity in a layer, or the reference is still being made, is not
-    held against it.
+    A row that is not judged, as the reference is still being made, is not held against it. One with NaN or infinity in
+    a layer, such as of an input whose squares overflow, is odder than any.
 
     Attributes:
         action: Whether a request with a row unlike the reference is answered as any other (``"observe"``), told so in

@@ -96,16 +96,16 @@ def test_p_values_of_clean_samples_are_uniform_and_of_odd_ones_small(
 
 
 def test_nan_never_poisons(model: nn.Module, profile: ReferenceProfile, clean: Sampler) -> None:
-    """Poisoned samples are counted and get no p-value; the stream around them is judged as if they were not there."""
+    """Poisoned samples are counted and odder than any; the stream around them is judged as if they were not there."""
     stream = torch.cat([clean(60, seed=18), brighter(clean(40, seed=19), 0.1)])
     poisoned = torch.cat([stream[:10], torch.full((2, 1, 8, 8), torch.nan), stream[10:]])
-    poisoned[11] = torch.inf
+    poisoned[11] = 1e30  # finite, but its square is not
     expected, scores = watch(model, profile, stream)
     verdict, with_nan = watch(model, profile, poisoned)
     assert expected.alarm_at is not None
     assert verdict.alarm_at == expected.alarm_at + 2
     assert verdict.evidence == pytest.approx(expected.evidence, rel=1e-4)
-    assert [math.isnan(p) for p in with_nan] == [10 <= i < 12 for i in range(102)]
+    assert [p == 0 for p in with_nan] == [10 <= i < 12 for i in range(102)]
     assert np.allclose(with_nan[:10] + with_nan[12:], scores, atol=3 / profile.samples)
 
 
