@@ -43,6 +43,9 @@ RULES = ROOT / "docker" / "prometheus" / "rules.yml"
 CLEAN, SHIFTED = 150, 40
 """Seconds of each kind of traffic."""
 
+TARGET = 9000
+"""Samples between false alarms: more than the clean ones, and as many as the profile carries."""
+
 STEP = 2
 """Seconds between two points of a panel."""
 
@@ -137,7 +140,7 @@ def draw(axes: Axes, panel: dict[str, Any], series: list[tuple[str, Any, Any]]) 
         axes.text(0.5, 0.5, "no data", ha="center", va="center", color="grey")
         axes.set_axis_off()
     elif panel["type"] == "heatmap":
-        _heat(axes, series)
+        _heat(axes, series, panel["options"]["color"].get("max"))
     elif panel["type"] in ("stat", "table"):
         lines = [
             legend if panel["type"] == "table" else f"{legend}  {_short(values[-1])}" for legend, _, values in series
@@ -155,7 +158,7 @@ def draw(axes: Axes, panel: dict[str, Any], series: list[tuple[str, Any, Any]]) 
         axes.grid(alpha=0.3)
 
 
-def _heat(axes: Axes, series: list[tuple[str, Any, Any]]) -> None:
+def _heat(axes: Axes, series: list[tuple[str, Any, Any]], hottest: float | None) -> None:
     bounds = all(re.fullmatch(r"[\d.]+|\+Inf", legend) for legend, _, _ in series)
     if bounds:  # a histogram: its buckets count what is below them too
         series = sorted(series, key=lambda item: float(item[0]))
@@ -165,7 +168,7 @@ def _heat(axes: Axes, series: list[tuple[str, Any, Any]]) -> None:
         grid[row, np.clip(np.round((at - times[0]) / STEP).astype(int), 0, len(times) - 1)] = values
     if bounds:
         grid[1:] -= grid[:-1].copy()
-    shown = axes.imshow(grid, aspect="auto", extent=(times[0], 0, len(series), 0), cmap="Oranges", vmin=0)
+    shown = axes.imshow(grid, aspect="auto", extent=(times[0], 0, len(series), 0), cmap="Oranges", vmin=0, vmax=hottest)
     axes.set_yticks(np.arange(len(series)) + 0.5, [legend for legend, _, _ in series])
     axes.figure.colorbar(shown, ax=axes, pad=0.01).ax.tick_params(labelsize=6)
 
@@ -199,7 +202,7 @@ def main() -> None:
     prometheus = f"http://127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         profile = Path(folder) / "profile.safetensors"
-        ReferenceProfile.fit(load_model("demo").module, [load_digits().train.images], target_arl=1000).save(profile)
+        ReferenceProfile.fit(load_model("demo").module, [load_digits().train.images], target_arl=TARGET).save(profile)
         settings = yaml.safe_load((ROOT / "docker" / "prometheus" / "prometheus.yml").read_text())
         settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         settings["scrape_configs"][0]["static_configs"] = [{"targets": [url.removeprefix("http://")]}]
@@ -207,7 +210,7 @@ def main() -> None:
         settings["rule_files"] = [str(RULES)]
         (Path(folder) / "prometheus.yml").write_text(yaml.safe_dump(settings))
         port = url.rpartition(":")[2]
-        options = ("--reference", str(profile), "--target-arl", "1000", "--port", port)
+        options = ("--reference", str(profile), "--target-arl", str(TARGET), "--port", port)
         stack.enter_context(running(str(guardserve), "serve", "demo", *options))
         stack.enter_context(
             running(
