@@ -5,7 +5,6 @@ Requests are counted as they end. What monitors say is looked at beforehand; the
 
 from __future__ import annotations
 
-import math
 import platform
 import re
 import threading
@@ -326,8 +325,7 @@ class Metrics:
             for version in self.totals.versions:
                 monitor = version.runtime.monitor
                 for value in [] if monitor.reference is None else monitor.scores():
-                    if not math.isnan(value):  # a sample that could not be judged
-                        self.p_values.observe(value)
+                    self.p_values.observe(value)
 
     def look(self) -> None:
         """Ask the monitors what they make of what they have seen: scrapes show it until the next look."""

@@ -119,8 +119,8 @@ def test_every_judged_sample_is_in_the_histogram_of_p_values_once(metrics: Metri
         assert float(lines['guardserve_shift_p_value_bucket{le="1.0",model="net"}']) == 21 * 8
 
 
-def test_samples_that_cannot_be_judged_have_no_p_value() -> None:
-    """NaN in a layer is counted elsewhere; without a reference profile there is nothing to count."""
+def test_samples_with_nan_in_a_layer_have_the_lowest_p_value() -> None:
+    """They are odder than any; without a reference profile there is nothing to count."""
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8))
     profile = ReferenceProfile.fit(model, [torch.randn(200, 3)], target_arl=1000)
     for reference in (profile, None):
@@ -129,7 +129,9 @@ def test_samples_that_cannot_be_judged_have_no_p_value() -> None:
         metrics = Metrics(runtime)
         runtime.forward([torch.tensor([[0.0, 1.0, 2.0], [torch.nan, 0.0, 0.0]])])
         text = metrics.render().decode()
-        assert f'guardserve_shift_p_value_count{{model="net"}} {float(reference is not None)}\n' in text
+        assert f'guardserve_shift_p_value_count{{model="net"}} {2.0 * (reference is not None)}\n' in text
+        if reference is not None:
+            assert 'guardserve_shift_p_value_bucket{le="0.001",model="net"} 1.0' in text
         assert ('guardserve_reference_info{model="net",samples="200",target_arl="1000"} 1.0' in text) is (
             reference is not None
         )
