@@ -19,12 +19,16 @@ import httpx
 import orjson
 from typing_extensions import Self
 
+from guardserve.client.deadline import Deadline
 from guardserve.client.message import HEADER_LENGTH, Outputs, read_answer, write_request
 from guardserve.exceptions import ClientError, ClientTimeoutError, OverloadedError, ResponseError, UnreachableError
 
 T = TypeVar("T")
 
-Steps: TypeAlias = Generator["httpx.Request | float", "httpx.Response | Exception | None", T]
+Try: TypeAlias = "tuple[httpx.Request, float | None]"
+"""A request, and the seconds in which its answer has to be there whole."""
+
+Steps: TypeAlias = Generator["Try | float", "httpx.Response | Exception | None", T]
 """What a call does: it yields requests to send and seconds to wait, is sent what comes of them, and returns."""
 
 OVERLOADED = (429, 503)
@@ -35,8 +39,15 @@ MAX_WAIT = 30.0
 SPREAD = 0.25
 """Part by which a wait is made longer at random, so that clients refused together do not come back together."""
 
+MAX_PORT = 65_535
+
+MAX_TIMEOUT = 2e6
+"""Seconds that a socket can wait, about: three weeks."""
+
 MAX_MESSAGE = 500
 """Characters of an answer that is no JSON that an error shows."""
+
+_DEADLINE = Deadline()
 
 NOTHING: Mapping[str, object] = MappingProxyType({})
 
@@ -60,10 +71,10 @@ class _Calls:
         self._path = f"/v2/models/{quote(model, safe='')}"
         if version is not None:
             self._path += f"/versions/{quote(version, safe='')}"
-        self._timeout = timeout
+        self._timeout = _checked(timeout)
         self._retries = retries
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._http = self._connections(base_url=url, headers=headers, verify=verify)
+        self._http = self._connections(base_url=_address(url), headers=headers, verify=verify)
 
     def _infer(
         self,
@@ -73,7 +84,9 @@ class _Calls:
         timeout: float | None,
         request_id: str | None,
     ) -> Steps[Outputs]:
-        timeout = self._timeout if timeout is None else timeout
+        if isinstance(outputs, str):
+            raise TypeError(f"outputs is {outputs!r}: give names, such as [{outputs!r}]")
+        timeout = self._timeout if timeout is None else _checked(timeout)
         end = math.inf if timeout is None else time.monotonic() + timeout
         outputs = None if outputs is None else list(outputs)
         for tries_left in reversed(range(self._retries + 1)):
@@ -115,7 +128,7 @@ class _Calls:
             UnreachableError: If no answer came.
             ResponseError: If it was an error.
         """
-        response = yield self._http.build_request(method, self._path + path, timeout=timeout, **content)
+        response = yield self._http.build_request(method, self._path + path, timeout=timeout, **content), timeout
         if isinstance(response, httpx.TimeoutException):
             raise ClientTimeoutError(f"{self._http.base_url} gave no answer within {timeout:g} s") from response
         if isinstance(response, httpx.DecodingError):
@@ -140,10 +153,13 @@ class Client(_Calls):
         model: The model's name.
         version: The model's version; the server's own choice by default.
         api_key: Sent as ``Authorization: Bearer``.
-        timeout: Seconds that a call may take, with all of its tries; None for any time.
+        timeout: Seconds that a call may take, with all of its tries and whatever the server does; None for any time.
         retries: Times that a request is sent again when the server answers 429 or 503 with ``Retry-After``. Nothing
             else is sent again.
         verify: What to verify an https server's certificate with, where the system's authorities do not do.
+
+    Raises:
+        ValueError: If the URL is none of http or https, or the timeout is no number of seconds above 0.
     """
 
     _connections = httpx.Client
@@ -178,7 +194,8 @@ class Client(_Calls):
             request_id: An identifier, which comes back.
 
         Raises:
-            TypeError: If an input's dtype is none of the protocol's.
+            TypeError: If an input's dtype is none of the protocol's, or the outputs are no names.
+            ValueError: If the timeout is no number of seconds above 0.
             ResponseError: If the server refused it or failed; ``status`` and ``message`` are the server's.
             OverloadedError: If it did so as it could not take more, also when asked again.
             UnreachableError: If there was no answer.
@@ -215,8 +232,11 @@ class Client(_Calls):
                 if isinstance(step, float):
                     time.sleep(step)
                     continue
+                request, timeout = step
+                request.extensions["trace"] = _DEADLINE.watch
+                _DEADLINE.end = math.inf if timeout is None else time.monotonic() + timeout
                 try:
-                    outcome = self._http.send(step)
+                    outcome = self._http.send(request)
                 except httpx.RequestError as error:
                     outcome = error
 
@@ -276,10 +296,29 @@ class AsyncClient(_Calls):
                 if isinstance(step, float):
                     await asyncio.sleep(step)
                     continue
+                request, timeout = step
                 try:
-                    outcome = await self._http.send(step)
+                    outcome = await asyncio.wait_for(self._http.send(request), timeout)
+                except asyncio.TimeoutError:
+                    outcome = httpx.ReadTimeout("the call's time is over", request=request)
                 except httpx.RequestError as error:
                     outcome = error
+
+
+def _checked(timeout: float | None) -> float | None:
+    if timeout is not None and not 0 < timeout <= MAX_TIMEOUT:
+        raise ValueError(f"timeout is {timeout}: give seconds above 0, at most {MAX_TIMEOUT:.0f}, or None for any time")
+    return timeout
+
+
+def _address(url: str) -> httpx.URL:
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"the URL {url!r} cannot be read ({error}): give one such as http://127.0.0.1:8000") from error
+    if address.scheme not in ("http", "https") or not address.host or (address.port or 0) > MAX_PORT:
+        raise ValueError(f"the URL {url!r} is none of a server: give one such as http://127.0.0.1:8000")
+    return address
 
 
 def _message(response: httpx.Response) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeAlias
 
@@ -249,6 +251,11 @@ class Canned(BaseHTTPRequestHandler):
     server: Any
     protocol_version = "HTTP/1.1"
 
+    def setup(self) -> None:
+        """Count the connection."""
+        super().setup()
+        self.server.connections += 1
+
     def do_POST(self) -> None:
         """Answer."""
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -271,7 +278,7 @@ class Canned(BaseHTTPRequestHandler):
 def canned(*answers: tuple[int, dict[str, str], bytes]) -> Iterator[tuple[str, Any]]:
     """Run a server of canned answers; give its URL and itself."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Canned)
-    server.answers, server.seen = list(answers), 0
+    server.answers, server.seen, server.connections = list(answers), 0, 0
     with listening(server):
         yield f"http://127.0.0.1:{server.server_port}", server
 
@@ -318,6 +325,85 @@ def test_only_refusals_that_ask_for_it_are_tried_again(
                 call(url, "infer", {"x": ROWS})
             assert type(caught.value) is kind
         assert server.seen == tries
+
+
+@contextmanager
+def dripping(turn: Callable[[socket.socket], object], at_once: bytes = b"") -> Iterator[str]:
+    """Run a server that takes a turn every 20 ms, without end, after a part of an answer; give its URL."""
+    over = threading.Event()
+
+    def drip(taken: socket.socket) -> None:
+        with taken, suppress(OSError):
+            taken.recv(2**14)
+            taken.sendall(at_once)
+            while not over.wait(0.02):
+                turn(taken)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=lambda: drip(listener.accept()[0]))
+        server.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            over.set()
+            server.join()
+
+
+@pytest.mark.parametrize(
+    "at_once", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"], ids=["head", "body"]
+)
+def test_a_call_ends_in_time_however_slowly_its_answer_comes(call: Call, at_once: bytes) -> None:
+    """Bytes that keep coming do not put off its end."""
+    with dripping(lambda taken: taken.sendall(b"x"), at_once) as url:
+        started = time.monotonic()
+        with pytest.raises(exceptions.ClientTimeoutError, match=r"within 0\.5 s"):
+            call(url, "infer", {"x": ROWS}, timeout=0.5)
+        assert 0.5 <= time.monotonic() - started < 10
+
+
+def test_a_call_ends_in_time_however_slowly_its_request_is_taken(call: Call) -> None:
+    """A server that takes some of it now and then does not put off its end."""
+    with dripping(lambda taken: taken.recv(2**14)) as url:
+        started = time.monotonic()
+        with pytest.raises(exceptions.ClientTimeoutError):
+            call(url, "infer", {"x": np.zeros(2**23)}, timeout=0.5)
+        assert time.monotonic() - started < 10
+
+
+def test_a_connection_that_is_used_again_has_the_deadline_of_its_new_call() -> None:
+    """Not that of the last call, which is over; also in another thread."""
+    with canned((200, {}, GOOD), (200, {}, GOOD)) as (url, server), Client(url, "net") as client:
+        client.infer({"x": ROWS}, timeout=1)
+        time.sleep(1.1)
+        with ThreadPoolExecutor(1) as other:
+            other.submit(client.infer, {"x": ROWS}, timeout=30).result()
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan"), 1e9])
+def test_a_timeout_that_is_none_is_refused(call: Call, timeout: float) -> None:
+    """Of a client and of a call, before anything is sent."""
+    with canned() as (url, server):
+        for given in ({"timeout": timeout}, {"options": {"timeout": timeout}}):
+            with pytest.raises(ValueError, match=r"timeout is .*: give seconds above 0"):
+                call(url, "infer", {"x": ROWS}, **given)
+        assert server.seen == 0
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "127.0.0.1:8000", "ftp://host", "http://", "http://host:99999"])
+def test_a_url_that_is_none_of_a_server_is_refused(url: str) -> None:
+    """When the client is made, with one that would do."""
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ValueError, match="give one such as http://"):
+            kind(url, "net")
+
+
+def test_one_name_of_an_output_is_not_taken_for_its_letters(call: Call) -> None:
+    """A string is a sequence of strings."""
+    with canned() as (url, server):
+        with pytest.raises(TypeError, match=r"outputs is 'output': give names, such as \['output'\]"):
+            call(url, "infer", {"x": ROWS}, outputs="output")
+        assert server.seen == 0
 
 
 def answer(*outputs: dict[str, Any], tail: bytes = b"", length: int | None = None) -> tuple[int, dict[str, str], bytes]:
