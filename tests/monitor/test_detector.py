@@ -109,6 +109,12 @@ def test_nan_never_poisons(model: nn.Module, profile: ReferenceProfile, clean: S
     assert np.allclose(with_nan[:10] + with_nan[12:], scores, atol=3 / profile.samples)
 
 
+def test_nothing_but_nan_is_counted_and_judged(model: nn.Module, profile: ReferenceProfile) -> None:
+    """A request with no finite sample raises nothing and loses nobody's."""
+    verdict, scores = watch(model, profile, torch.full((3, 1, 8, 8), torch.nan))
+    assert (verdict.samples, scores) == (3, [0, 0, 0])
+
+
 @pytest.mark.parametrize(
     ("shift", "words"),
     [
