@@ -73,7 +73,8 @@ class Sketch:
         out = np.zeros((rows, len(self.channels) * self.width), np.float32)
         for start, whole, stop, slot, buckets in self._runs:
             sums = out[:, slot : slot + buckets]
-            np.add.reduce(standardised[:, start:whole].reshape(rows, (whole - start) // buckets, buckets), axis=1, out=sums)
+            terms = standardised[:, start:whole].reshape(rows, (whole - start) // buckets, buckets)
+            np.add.reduce(terms, axis=1, out=sums)
             if whole < stop:
                 sums[:, : stop - whole] += standardised[:, whole:stop]
         return out.reshape(rows, len(self.channels), self.width)
