@@ -12,9 +12,13 @@ from pathlib import Path
 def write_whole(path: str | PathLike[str], data: bytes) -> None:
     """Replace a file by new contents that are on the disk before the old ones go.
 
-    A reader, and whoever comes after a crash, finds all of the old file or all of the new one.
+    A reader, and whoever comes after a crash, finds all of the old file or all of the new one. A link stays, and what
+    it leads to is replaced.
+
+    Raises:
+        OSError: If it cannot be written, or the path is that of something else than a file, which stays as it is.
     """
-    target = Path(path)
+    target = writable(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -33,3 +37,16 @@ def write_whole(path: str | PathLike[str], data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def writable(path: str | PathLike[str]) -> Path:
+    """Return the file that a path leads to, which need not be there yet.
+
+    Raises:
+        OSError: If there is something else than a file, such as a folder or a device, which nobody wants replaced.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not target.is_file():
+        kind = "a folder" if target.is_dir() else "no regular file"
+        raise OSError(f"{path} is {kind}: give the path of a file")
+    return target
