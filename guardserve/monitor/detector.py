@@ -46,6 +46,9 @@ SUSPICION = 10
 CHUNK = 32
 """Samples that are encoded at once: their features stay in the processor's cache."""
 
+ABSURD = 1e12
+"""No part of a state comes near this; the squares of much larger ones overflow."""
+
 SCORES = 10_000
 """P-values kept until somebody drains them; older ones are dropped."""
 
@@ -328,8 +331,10 @@ class Detector:
             if array is None or array.dtype != own.dtype or array.shape[recent:] != own.shape[recent:]:
                 seen = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
                 raise DetectorStateError(f"the detector's state does not fit the profile: its {name} is {seen}")
-            if not np.isfinite(array).all():
-                raise DetectorStateError(f"the detector's state is damaged: its {name} holds NaN or infinity")
+            if array.dtype.kind == "f" and not (np.abs(array) < ABSURD).all():
+                raise DetectorStateError(
+                    f"the detector's state is damaged: its {name} holds NaN or {ABSURD:g} and more"
+                )
         numbers, rows = state["numbers"], len(state["recent_features"])
         limits = [len(get_args(State)) - 1, *[2**62] * 6, len(self.profile.layers) - 1, 2**62]
         fits = (numbers >= [*[0] * 5, -1, -1, 0, 0]).all() and (numbers <= limits).all()

@@ -1,12 +1,24 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and knowing that it is still what was written."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+CHECKSUM = "checksum"
+"""The fact that holds the checksum of the other facts and of the arrays."""
+
+Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def write_whole(path: str | PathLike[str], data: bytes) -> None:
@@ -37,6 +49,31 @@ def write_whole(path: str | PathLike[str], data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def sealed(facts: Mapping[str, Any], arrays: Arrays) -> str:
+    """Return facts as JSON, with the checksum of them and of the arrays that go with them."""
+    return json.dumps({**facts, CHECKSUM: _checksum(facts, arrays)})
+
+
+def check_seal(facts: Mapping[str, Any], arrays: Arrays) -> None:
+    """Refuse facts and arrays that are not those of :func:`sealed`.
+
+    Raises:
+        ValueError: They are not, or have no checksum.
+    """
+    if CHECKSUM not in facts:
+        raise ValueError("it has no checksum, as it was written by an older guardserve")
+    if facts[CHECKSUM] != _checksum({name: fact for name, fact in facts.items() if name != CHECKSUM}, arrays):
+        raise ValueError("its contents do not have its checksum")
+
+
+def _checksum(facts: Mapping[str, Any], arrays: Arrays) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def writable(path: str | PathLike[str]) -> Path:

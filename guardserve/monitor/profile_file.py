@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.monitor.calibration import ARLS
 from guardserve.monitor.chart import SHARES
-from guardserve.monitor.files import write_whole
+from guardserve.monitor.files import check_seal, sealed, write_whole
 
 KEY = "guardserve_reference"
 """The metadata entry that holds the facts."""
@@ -38,7 +38,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 def write_profile(path: str | PathLike[str], facts: Mapping[str, Any], arrays: Arrays) -> None:
     """Write a profile, whole or not at all: a reader never meets half a file."""
-    metadata = {KEY: json.dumps({"version": VERSION, **facts})}
+    metadata = {KEY: sealed({"version": VERSION, **facts}, arrays)}
     write_whole(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
 
 
@@ -58,6 +58,7 @@ def read_profile(path: str | PathLike[str]) -> tuple[dict[str, Any], Arrays]:
             _check_facts(facts)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             _check_arrays(facts, arrays)
+            check_seal(facts, arrays)
     except OSError as error:
         raise ReferenceProfileError(f"{path} cannot be read: {error}") from error
     except (SafetensorError, ValueError) as error:

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 
 from guardserve.exceptions import DetectorStateError
 from guardserve.monitor.detector import Detector
-from guardserve.monitor.files import write_whole
+from guardserve.monitor.files import check_seal, sealed, write_whole
 
 KEY = "guardserve_detector"
 """The metadata entry that tells which profile the detector had."""
@@ -27,8 +27,8 @@ def save_state(path: str | PathLike[str], detector: Detector) -> None:
 
 def state_bytes(detector: Detector) -> bytes:
     """Return the contents of the file for what a detector remembers now."""
-    metadata = {KEY: json.dumps({"version": VERSION, "profile": detector.profile.digest})}
-    return save({name: np.ascontiguousarray(a) for name, a in detector.state_dict().items()}, metadata)
+    arrays = {name: np.ascontiguousarray(array) for name, array in detector.state_dict().items()}
+    return save(arrays, {KEY: sealed({"version": VERSION, "profile": detector.profile.digest}, arrays)})
 
 
 def load_state(path: str | PathLike[str], detector: Detector) -> bool:
@@ -44,6 +44,8 @@ def load_state(path: str | PathLike[str], detector: Detector) -> bool:
     remedy = "remove it to begin anew"
     if not Path(path).exists():
         return False
+    if not Path(path).is_file():
+        raise DetectorStateError(f"{path} is no regular file: give the path of one, which need not be there yet")
     try:
         with safe_open(str(path), framework="numpy") as file:
             facts = json.loads((file.metadata() or {}).get(KEY, "null"))
@@ -51,7 +53,9 @@ def load_state(path: str | PathLike[str], detector: Detector) -> bool:
                 raise DetectorStateError(f"{path} holds no detector's state of version {VERSION}: {remedy}")
             if facts.get("profile") != detector.profile.digest:
                 raise DetectorStateError(f"{path} is of a detector with another reference profile: {remedy}")
-            detector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            check_seal(facts, arrays)
+            detector.load_state_dict(arrays)
     except (OSError, SafetensorError, ValueError) as error:
         raise DetectorStateError(f"{path} is damaged or holds no detector's state ({error}): {remedy}") from error
     return True

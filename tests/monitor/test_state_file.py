@@ -15,10 +15,11 @@ from torch import nn
 
 from guardserve import ReferenceProfile
 from guardserve.demo.digits import brighter
-from guardserve.exceptions import DetectorStateError
+from guardserve.exceptions import DetectorStateError, ReferenceProfileError
 from guardserve.monitor import Detection
 from guardserve.monitor.detector import Detector
 from guardserve.monitor.features import Array
+from guardserve.monitor.files import sealed
 from guardserve.monitor.state_file import KEY, VERSION, load_state, save_state
 
 Sampler = Callable[..., torch.Tensor]
@@ -79,7 +80,7 @@ def test_what_is_damaged_or_of_another_profile_is_refused_and_changes_nothing(
     detector.judge(stream[:100])
     good = tmp_path / "good.safetensors"
     save_state(good, detector)
-    facts = {KEY: json.dumps({"version": VERSION, "profile": profile.digest})}
+    facts = {"version": VERSION, "profile": profile.digest}
     arrays = load_file(good)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(good.read_bytes()[:-9])
@@ -87,6 +88,7 @@ def test_what_is_damaged_or_of_another_profile_is_refused_and_changes_nothing(
     save_file({"weight": np.zeros(3, np.float32)}, foreign)
     edited = {
         "short": {name: array for name, array in arrays.items() if name != "chart"},
+        "huge": {**arrays, "chart": arrays["chart"] + np.float32(3e38)},
         "nan": {**arrays, "chart": arrays["chart"] * np.float32(np.nan)},
         "state": {**arrays, "numbers": arrays["numbers"] + np.array([90, *[0] * 8])},
         "lead": {**arrays, "numbers": arrays["numbers"] + np.array([*[0] * 7, 90, 0])},
@@ -94,7 +96,10 @@ def test_what_is_damaged_or_of_another_profile_is_refused_and_changes_nothing(
         "width": {**arrays, "average_features": arrays["average_features"][1:]},
     }
     for name, damaged in edited.items():
-        save_file(damaged, tmp_path / f"{name}.safetensors", facts)
+        save_file(damaged, tmp_path / f"{name}.safetensors", {KEY: sealed(facts, damaged)})
+    older = tmp_path / "older.safetensors"
+    save_file(arrays, older, {KEY: json.dumps(facts)})
+    os.mkfifo(tmp_path / "fifo.safetensors")
     fresh = Detector(profile, 1000)
     fresh.judge(stream[:7])
     before = fresh.detection()
@@ -103,6 +108,9 @@ def test_what_is_damaged_or_of_another_profile_is_refused_and_changes_nothing(
         ("foreign", "holds no detector's state of version 1"),
         ("short", "its chart is missing"),
         ("nan", "its chart holds NaN"),
+        ("huge", "its chart holds NaN"),
+        ("older", "it has no checksum, as it was written by an older guardserve.*remove it"),
+        ("fifo", "is no regular file"),
         ("state", "its numbers are"),
         ("lead", "its numbers are"),
         ("recent", "its numbers are"),
@@ -114,3 +122,24 @@ def test_what_is_damaged_or_of_another_profile_is_refused_and_changes_nothing(
     other = ReferenceProfile.fit(model, torch.split(clean(300, seed=9), 100), target_arl=1000)
     with pytest.raises(DetectorStateError, match="another reference profile"):
         load_state(good, Detector(other, 1000))
+
+
+def test_a_file_that_lost_one_bit_is_refused(profile: ReferenceProfile, stream: Array, tmp_path: Path) -> None:
+    """Wherever its numbers or facts lost it, what is left looks like a state or a profile, and is none."""
+    detector = Detector(profile, 1000)
+    detector.judge(stream[:100])
+    save_state(tmp_path / "state", detector)
+    profile.save(tmp_path / "profile")
+    rng = np.random.default_rng(0)
+    for name, load in (("state", lambda path: load_state(path, detector)), ("profile", ReferenceProfile.load)):
+        whole = (tmp_path / name).read_bytes()
+        header = 8 + int.from_bytes(whole[:8], "little")
+        digit = whole.index(b'\\"checksum') + 20
+        for at in (digit, *rng.integers(header, len(whole), 20).tolist()):
+            damaged = bytearray(whole)
+            damaged[at] ^= 1
+            (tmp_path / "damaged").write_bytes(damaged)
+            with pytest.raises(ReferenceProfileError, match=r"damaged|not"):
+                load(tmp_path / "damaged")
+        (tmp_path / "damaged").write_bytes(whole)
+        load(tmp_path / "damaged")
