@@ -425,7 +425,9 @@ def test_a_model_that_breaks_while_nobody_asks_is_found_out_by_a_self_test(inter
     model = Scripted()
     with engine_of(model, self_test_interval=interval) as (engine, runtime):
         model.memory = 0
-        time.sleep(0.5)
+        if tested:
+            wait_until(lambda: runtime.failure is not None, timeout=10)
+        time.sleep(0.3)
         assert (runtime.failure is not None) is tested
         assert engine.counts.faults["self_test"] == tested
         assert bool(model.batches) is tested
