@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -398,14 +399,15 @@ class Taps:
         self._open.traced.open = True
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        """Hand over the record; a forward that raised (its output is None) has seen no sample through."""
+        """Hand over the record; a forward that raised (its output is None, as a good one's may be) saw none through."""
         del model
         if torch.compiler.is_dynamo_compiling():
             self._end_in_graph()
             return
         record = self._open.record
         self._open.record = None
-        if record is None or record is _IGNORED or output is None:
+        raised = output is None and sys.exc_info()[0] is not None
+        if record is None or record is _IGNORED or raised:
             self._open.traced.clear()
             return
         began = time.perf_counter() if record.seconds else 0.0

@@ -374,3 +374,29 @@ def test_wrong_arguments_are_named() -> None:
         Monitor(nn.BatchNorm1d(2), window=64, min_samples=65)
     with pytest.raises(ValueError, match=r"threshold=0"):
         Monitor(nn.BatchNorm1d(2), threshold=0)
+
+
+class Stores(nn.Module):
+    """Returns nothing: what it finds is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+        self.found: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> None:
+        """Normalise, and refuse what is negative."""
+        self.found.append(self.bn(x))
+        if bool((x < 0).any()):
+            raise ValueError("negative")
+
+
+def test_a_forward_that_returns_nothing_has_seen_its_samples() -> None:
+    """One that raises has not."""
+    model = Stores().eval()
+    with Monitor(model) as monitor, torch.inference_mode():
+        model(torch.ones(5, 3))
+        with pytest.raises(ValueError, match="negative"):
+            model(-torch.ones(7, 3))
+        model(torch.ones(2, 3))
+        assert monitor.snapshot().samples == 7
