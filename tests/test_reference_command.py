@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import sys
 from pathlib import Path
@@ -150,6 +152,43 @@ def test_the_command_fails_before_it_runs_the_model_when_it_cannot_write(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clean.npy"]
 
 
+def test_the_command_refuses_at_once_what_would_fail_at_the_end(tmp_path: Path, digits: Digits) -> None:
+    """A folder or a fifo to write to, and a target that no number is: one line each, and both stay."""
+    np.save(tmp_path / "clean.npy", digits.reference.images[:4].numpy())
+    os.mkfifo(tmp_path / "fifo")
+    for out, target, reason in (
+        (tmp_path, "1000", "is a folder: give the path of a file"),
+        (tmp_path / "fifo", "1000", "is no regular file: give the path of a file"),
+        (tmp_path / "p.safetensors", "nan", "--target-arl is nan"),
+    ):
+        status, text = run("reference", "demo", "--data", tmp_path / "clean.npy", "--out", out, "--target-arl", target)
+        assert (status, text.startswith("Error:"), reason in text.replace("\n", " ")) == (1, True, True), text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clean.npy", "fifo"]
+
+
+def test_a_batch_without_a_finite_sample_is_left_out(tmp_path: Path, digits: Digits) -> None:
+    """Before the good ones, among them, and after."""
+    images = digits.reference.images.numpy().copy()
+    for start in (0, 96, 416):
+        images[start : start + 32] = np.nan
+    np.save(tmp_path / "clean.npy", images)
+    out = tmp_path / "p.safetensors"
+    status, text = run("reference", "demo", "--data", tmp_path / "clean.npy", "--out", out, "--target-arl", "100")
+    assert status == 0, text
+    assert "left out    96 samples with NaN or infinity" in text
+    assert ReferenceProfile.load(out).samples == len(images) - 96
+
+
+def test_samples_that_do_not_differ_give_no_profile(tmp_path: Path, digits: Digits) -> None:
+    """One image again and again, which the command could make a profile of that alarms at anything."""
+    np.save(tmp_path / "same.npy", np.repeat(digits.reference.images[:1].numpy(), 120, axis=0))
+    out = tmp_path / "p.safetensors"
+    status, text = run("reference", "demo", "--data", tmp_path / "same.npy", "--out", out, "--target-arl", "100")
+    assert status == 1
+    assert "the reference's 120 samples do not differ in any layer" in text
+    assert not out.exists()
+
+
 def grey(folder: Path, images: torch.Tensor) -> None:
     """Write images, pixels from 0 to 1, as grey PNG files."""
     folder.mkdir()
@@ -176,6 +215,17 @@ def test_a_folder_of_images_gives_batches_in_the_order_of_names(tmp_path: Path, 
     assert {len(part) for part in fixed} == {8}
 
 
+def broken_png() -> bytes:
+    """Return a PNG whose second chunk of pixels has a broken name, for which Pillow raises a SyntaxError."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (500, 500), np.uint8)).save(file, "png")
+    first, second, rest = file.getvalue().split(b"IDAT", 2)
+    broken = first + b"IDAT" + second + b"\x00\x01\x02\x03" + rest
+    with Image.open(io.BytesIO(broken)) as image, pytest.raises(SyntaxError):
+        image.load()
+    return broken
+
+
 def test_images_that_do_not_fit_are_refused_with_the_reason(tmp_path: Path) -> None:
     """An empty folder, a broken file, an input of another kind, no size, too many numbers."""
     (tmp_path / "empty").mkdir()
@@ -183,7 +233,10 @@ def test_images_that_do_not_fit_are_refused_with_the_reason(tmp_path: Path) -> N
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
     free = TensorSpec("image", torch.float32, (-1, 3, -1, -1))
     flat = TensorSpec("x", torch.float32, (-1, 10))
+    (tmp_path / "chunk").mkdir()
+    (tmp_path / "chunk" / "b.png").write_bytes(broken_png())
     for folder, spec, options, reason in (
+        ("chunk", IMAGE, {}, r"b\.png cannot be read as an image"),
         ("empty", IMAGE, {}, "has no image"),
         ("broken", IMAGE, {}, r"a\.png cannot be read as an image"),
         ("broken", flat, {}, "give the samples as an array"),

@@ -17,6 +17,7 @@ from guardserve.loading import LoadedModel
 from guardserve.loading.arrays import ArrayBatches, load_batches
 from guardserve.loading.images import ImageBatches, load_images
 from guardserve.monitor import ReferenceProfile, ReferenceWarning
+from guardserve.monitor.files import writable
 from guardserve.monitor.reference import CARRIED
 
 
@@ -66,8 +67,7 @@ def reference(
             f"{model} has {len(loaded.inputs)} inputs: use ReferenceProfile.fit, whose loader may give mappings"
         )
     batches = _open(data, loaded, **images)
-    if not out.parent.is_dir():
-        raise ReferenceProfileError(f"{out.parent} is no folder: make it first")
+    _check_arguments(out, target_arl)
     console = Console()
     with Progress(console=console, transient=True) as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", ReferenceWarning)  # the report says it
@@ -79,8 +79,23 @@ def reference(
             ordered=ordered,
             progress=lambda stage, samples: progress.update(task, description=stage, completed=samples),
         )
-    profile.save(out)
+    try:
+        profile.save(out)
+    except OSError as error:
+        raise ReferenceProfileError(f"the profile cannot be written: {error}") from error
     console.print(_report(profile, out), soft_wrap=True, highlight=False)
+
+
+def _check_arguments(out: Path, target_arl: float) -> None:
+    """Refuse what would fail only after minutes of reading."""
+    if math.isnan(target_arl):  # which click's range lets pass
+        raise ReferenceProfileError("--target-arl is nan: give samples between false alarms")
+    if not out.parent.is_dir():
+        raise ReferenceProfileError(f"{out.parent} is no folder: make it first")
+    try:
+        writable(out)
+    except OSError as error:
+        raise ReferenceProfileError(f"--out: {error}") from error
 
 
 def _open(

@@ -50,7 +50,7 @@ class ImageBatches:
         try:
             with library.open(path) as image:
                 return self.preprocessing.apply(image, self.spec)
-        except (OSError, ValueError, library.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, library.DecompressionBombError) as error:  # a PNG's broken chunk
             raise ReferenceProfileError(f"{path} cannot be read as an image: {error}") from error
 
 

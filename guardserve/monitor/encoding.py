@@ -61,6 +61,11 @@ class Sketch:
         """Number of sums of each layer."""
         return tuple(2 * min(self.width // 2, count) for count in self.channels)
 
+    @property
+    def varies(self) -> bool:
+        """Whether any feature did in the reference, by more than rounding."""
+        return bool((np.abs(self.scale) > np.float32(SPREAD_FLOOR)).any())
+
     def standardise(self, features: Array, out: Array | None = None) -> Array:
         """Return features in clipped reference standard deviations, each times its sign; into ``out`` if given."""
         z: Array = np.subtract(features, self.centre, out=out)

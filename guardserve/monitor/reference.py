@@ -137,6 +137,11 @@ class ReferenceProfile:
             raise ReferenceProfileError(
                 f"the reference has {data.samples} finite samples: give at least {MIN_SAMPLES}, better 1000 or more"
             )
+        if not data.sketch.varies:
+            raise ReferenceProfileError(
+                f"the reference's {data.samples} samples do not differ in any layer, so nothing is known of how far "
+                "clean ones do: give samples as various as those in production"
+            )
         progress("calibrating", data.samples)
         data = data.narrowed(_width(len(data.fitting), data.sketch.width))
         dimensions = data.sketch.dimensions
