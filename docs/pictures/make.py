@@ -40,7 +40,7 @@ OUT = ROOT / "docs" / "pictures"
 DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "guardserve.json"
 RULES = ROOT / "docker" / "prometheus" / "rules.yml"
 
-CLEAN, SHIFTED = 150, 40
+CLEAN, SHIFTED = 100, 40
 """Seconds of each kind of traffic."""
 
 TARGET = 9000
@@ -107,7 +107,7 @@ def photograph(url: str, path: Path) -> None:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1200, "height": 800})
         page.goto(f"{url}/ui")
-        page.wait_for_function("document.getElementById('title').textContent !== 'Connecting…'")
+        page.wait_for_selector("#title:not(:has-text('Connecting'))")
         page.wait_for_timeout(3000)
         page.screenshot(path=path, full_page=True)
         browser.close()
