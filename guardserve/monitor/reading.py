@@ -198,9 +198,10 @@ class Plan:
             if target < self.positions
             else tuple(Axis.blocks(size, 1) for size in sizes)
         )
-        self.step = _golden_step(self.positions)
-        self._number = math.prod(len(axis.parts) for axis in self.parts)
-        self._cell_step = _golden_step(self._number)
+        step = round(self.positions * _GOLDEN)
+        while math.gcd(step, max(1, self.positions)) > 1:
+            step += 1
+        self.step = step
         self.uniform = all(len({len(part) for part in axis.parts}) == 1 for axis in self.parts)
         self.size = (*self._size, *[len(axis.parts[0]) for axis in self.parts])
         self._row = self._find_row() if self.uniform else 1
@@ -209,24 +210,17 @@ class Plan:
 
     def cells(self, turn: int) -> tuple[Cell, ...]:
         """Return what is read in a forward, all samples in order: cells from that of some position on."""
-        index = self._index(turn)
+        place = turn * self.step % self.positions if self.positions else 0
+        index = 0
+        for axis in self.parts:
+            place, i = divmod(place, len(axis.part_of) or 1)
+            index = index * len(axis.parts) + axis.part_of[i]
         cells = self._cells.get(index)
         if cells is None:
             if len(self._cells) >= _KEPT_CELLS:
                 self._cells.clear()
             cells = self._cells[index] = tuple(self._make(index))
         return cells
-
-    def _index(self, turn: int) -> int:
-        """Return which cell a forward begins with."""
-        if self.uniform:
-            return turn * self._cell_step % self._number
-        place = turn * self.step % self.positions
-        index = 0
-        for axis in self.parts:
-            place, i = divmod(place, len(axis.part_of))
-            index = index * len(axis.parts) + axis.part_of[i]
-        return index
 
     def count(self, turn: int = 0) -> int:
         """Return how many positions of each sample are read in a forward."""
@@ -294,14 +288,6 @@ class Plan:
         offset = sum(part.start * step for part, step in zip(chosen, self._strides, strict=True))
         stride = tuple(part.step * step for part, step in zip(chosen, self._strides, strict=True))
         return offset, tuple(len(part) for part in chosen), stride
-
-
-def _golden_step(number: int) -> int:
-    """Return by how much to go on in a circle to meet all of its places, those of any few steps far apart."""
-    step = round(number * _GOLDEN)
-    while math.gcd(step, max(1, number)) > 1:
-        step += 1
-    return step
 
 
 def read(index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor) -> Reading:
