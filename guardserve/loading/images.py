@@ -50,7 +50,9 @@ class ImageBatches:
         try:
             with library.open(path) as image:
                 return self.preprocessing.apply(image, self.spec)
-        except (OSError, ValueError, SyntaxError, library.DecompressionBombError) as error:  # a PNG's broken chunk
+        except MemoryError:
+            raise
+        except Exception as error:  # a decoder may raise anything at bytes that are no image
             raise ReferenceProfileError(f"{path} cannot be read as an image: {error}") from error
 
 
