@@ -6,18 +6,30 @@ import asyncio
 import functools
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
+import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from guardserve.service.answer import Answer
+from guardserve.identity import Identity
+from guardserve.service.answer import Answer, refusal
 from guardserve.service.app import Service
 from guardserve.service.gateway import Gateway
 from guardserve.service.inference import Pending, is_small
 
 HEADER_TIMEOUT = 10.0
-"""Seconds from a connection's first moment, or from a request's first byte, until its headers are whole."""
+"""Seconds from a connection's first moment, or from a request's first byte, until its headers are whole.
+
+As many are left for a body that comes after its request was answered, and for the request behind it.
+"""
+
+MAX_HEAD = 64 * 1024
+"""Bytes of a request's path and headers, or of what stands between the parts of its body; more are refused with 431."""
+
+LINGER = 0.5
+"""Seconds that a refused client has to read why, and, when the server stops, a body of which nothing has come."""
 
 SLACK = 64
 """Connections beyond the limit that are still taken, for health and metrics; each is closed after one answer."""
@@ -28,6 +40,14 @@ WRITE_TIMEOUT = 60.0
 
 PATIENCE = 0.005
 """Seconds that a body may come after its headers to be answered the short way; many clients send them apart."""
+
+
+MALFORMED = refusal(400, "malformed", "what came is not an HTTP request")
+LARGE_HEAD = refusal(431, "too_large", f"the request's path and headers are larger than {MAX_HEAD} bytes")
+
+
+class _LargeHeadError(Exception):
+    """A head that is too large."""
 
 
 class _Flow(FlowControl):
@@ -63,7 +83,9 @@ class Connection(HttpToolsProtocol):
         self.flow = _Flow(transport, self.pipeline)
         self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
         self._writing: asyncio.TimerHandle | None = None
-        self._begun = False
+        # what has come of the request that is being read, and how many bytes since there was last a body or its headers
+        self._stage: Literal["nothing", "head", "headers", "body", "refused"] = "nothing"
+        self._unread = 0
         self._heading = False
         # a request that may go the short way, if its body is there soon
         self._plain: tuple[Any, Gateway] | None = None
@@ -81,14 +103,25 @@ class Connection(HttpToolsProtocol):
                 self._job.settle("gone")
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come; if that is a part of a request's headers, wait only so long for the rest."""
-        super().data_received(data)
+        """Take what has come; where nothing is being answered, wait only so long for the rest."""
+        if self._stage == "refused":
+            return
+        self._unset_keepalive_if_required()
+        self._unread += len(data)
+        try:
+            while data:
+                data = self._parse(data)
+            self._check_size(self._unread)
+        except (httptools.HttpParserError, _LargeHeadError) as error:
+            is_large = isinstance(error, _LargeHeadError) or isinstance(error.__context__, _LargeHeadError)
+            self._refuse(LARGE_HEAD if is_large else MALFORMED)
+            return
         if self._plain is not None:
             if self.flow.read_paused:  # it is a large one
                 self._go_on()
             elif self._late is None:
                 self._late = self.loop.call_later(PATIENCE, self._go_on)
-        if self._begun and self._waiting is None:
+        if self._waiting is None and (self._stage == "head" or self.cycle.response_complete):
             self._waiting = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
 
     def pause_writing(self) -> None:
@@ -104,20 +137,31 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Begin a request."""
-        self._begun = True
+        self._stage, self._unread = "head", 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """Go on with a request whose headers are whole."""
-        self._begun = False
+        self._check_size(sum(map(len, chain.from_iterable(self.headers)), len(self.url)))
+        if self.parser.should_upgrade():  # it is read again, see _parse
+            return
+        self._stage, self._unread = "headers", 0
         if self._waiting is not None:
             self._stop_waiting()
         self._heading = True
         super().on_headers_complete()
         self._heading = False
 
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a request's body."""
+        self._stage, self._unread = "body", 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         """Take the end of a request's body."""
+        if self.parser.should_upgrade():
+            return
+        self._stage, self._unread = "nothing", 0
         super().on_message_complete()
         if self._plain is not None:
             cycle, gateway = self._plain
@@ -127,6 +171,53 @@ class Connection(HttpToolsProtocol):
                 self._answer(cycle, gateway, headers)
             else:
                 self._go_on()
+
+    def shutdown(self) -> None:
+        """Stop, once what was asked is answered; a body of which nothing has come is not waited for."""
+        super().shutdown()
+        if self._stage == "headers" and self._waiting is None:
+            self._waiting = self.loop.call_later(LINGER, self._give_up_body)
+
+    def _parse(self, data: bytes) -> bytes:
+        """Read on, and return what is to be read again: a request that asked for another protocol, but without that."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            method = self.parser.get_method()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError("there is nothing to connect to") from None
+            lines = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
+            lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)  # this one takes nothing more after "Connection: close"
+            return b"\r\n".join([*lines, b"", data[upgrade.args[0] :]])
+        return b""
+
+    def _check_size(self, size: int) -> None:
+        if size > MAX_HEAD:
+            raise _LargeHeadError
+
+    def _refuse(self, answer: Answer) -> None:
+        """Answer what cannot be read, and end; but what was whole before has its answer first, and no other."""
+        self.logger.warning("Invalid HTTP request received.")
+        cycle: Any = self.cycle
+        if self.pipeline or (cycle is not None and not cycle.response_complete and self._stage in ("nothing", "head")):
+            cycle.keep_alive = False
+            self.flow.pause_reading()
+            return
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            self.transport.close()
+            return
+        self._stage = "refused"
+        self._stop_waiting()
+        self._write(answer.named(Identity({})), self.server_state.default_headers, b"connection: close\r\n\r\n")
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if self.transport.can_write_eof():  # to close with more of it on its way would take the answer back
+            self.transport.write_eof()
+            self._waiting = self.loop.call_later(LINGER, self.transport.close)
+        else:
+            self.transport.close()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """Begin with a request whose headers are there."""
@@ -162,14 +253,17 @@ class Connection(HttpToolsProtocol):
         if cycle.disconnected or self.transport.is_closing():
             return
         cycle.response_started = cycle.response_complete = True
-        own = [b"%b: %b\r\n" % (name.lower(), value) for name, value in answer.headers]
         end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
-        length = b"content-length: %d\r\n" % len(answer.body)
-        head = (STATUS_LINE[answer.status], _lines(cycle.default_headers), *own, length, end)
-        self.transport.write(b"".join((*head, answer.body)))
+        self._write(answer, cycle.default_headers, end)
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
+
+    def _write(self, answer: Answer, default_headers: Sequence[tuple[bytes, bytes]], end: bytes) -> None:
+        own = [b"%b: %b\r\n" % (name.lower(), value) for name, value in answer.headers]
+        length = b"content-length: %d\r\n" % len(answer.body)
+        head = (STATUS_LINE[answer.status], _lines(default_headers), *own, length, end)
+        self.transport.write(b"".join((*head, answer.body)))
 
     def _wait_for_client(self, unsent: int | None = None) -> None:
         """End the connection if nothing has been taken since there was so much to send."""
@@ -191,8 +285,14 @@ class Connection(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         self._waiting = None
-        if not self.transport.is_closing():
+        # while requests wait for their turn nothing is read: it is not the client who lets the other wait
+        if not self.pipeline and not self.transport.is_closing():
             self.transport.close()
+
+    def _give_up_body(self) -> None:
+        self._waiting = None
+        if self._stage == "headers":
+            self._give_up()
 
 
 _written: tuple[Sequence[tuple[bytes, bytes]], bytes] = ((), b"")

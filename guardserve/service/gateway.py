@@ -108,11 +108,7 @@ class Gateway:
             length = headers.get(b"content-length", b"")
             if length.isdigit():
                 self.check(int(length[:18]))
-            message = await receive()
-            if message.get("more_body"):
-                body = await self._whole(message, held, receive)
-            else:
-                body = held.add(message)
+            body = await self._whole(held, receive)
             if scope["path"] not in self.inference.paths:  # it names a version that was replaced meanwhile
                 return refusal(404, "not_found", f"{scope['path']} names a version that is served no more")
             return await self.inference.answer(body, headers, receive)
@@ -121,10 +117,10 @@ class Gateway:
         finally:
             held.release()
 
-    async def _whole(self, first: Any, held: _Held, receive: Receive) -> bytes:
-        """Read a body that comes in pieces."""
+    async def _whole(self, held: _Held, receive: Receive) -> bytes:
+        """Read a body."""
         try:
-            return await asyncio.wait_for(held.rest(first, receive), self._limits.body_timeout)
+            return await asyncio.wait_for(held.all(receive), self._limits.body_timeout)
         except (asyncio.TimeoutError, TimeoutError):
             text = f"the request's body took longer than {self._limits.body_timeout:g} s to arrive"
             raise RefusedBodyError(refusal(408, "slow_body", text, CLOSE)) from None
@@ -178,12 +174,14 @@ class _Held:
         self._gateway.hold(len(body))
         self._size += len(body)
 
-    async def rest(self, message: Any, receive: Receive) -> bytes:
+    async def all(self, receive: Receive) -> bytes:
         """Take every piece."""
-        chunks = [self.add(message)]
-        while message.get("more_body"):
+        chunks = []
+        more = True
+        while more:
             message = await receive()
             chunks.append(self.add(message))
+            more = message.get("more_body", False)
         return b"".join(chunks)
 
     def release(self) -> None:

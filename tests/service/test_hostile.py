@@ -1,0 +1,211 @@
+"""Clients that send no body, too many headers, no HTTP, or wish for another protocol: each is told, and none stays."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import torch
+from serving import metric, serving, wait_until
+from torch import nn
+
+from guardserve.service import connection
+from guardserve.service.connection import MAX_HEAD
+
+INFER = "/v2/models/net/infer"
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n"
+POST = f"POST {INFER} HTTP/1.1\r\nHost: test\r\n".encode()
+
+
+class Waits(nn.Module):
+    """Gives its input back through a BatchNorm layer, for inputs that begin with 77 after a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3, eps=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise."""
+        time.sleep(1.0 if (x[:, 0] == 77).any() else 0.0)
+        y: torch.Tensor = self.bn(x)
+        return y
+
+
+def content(first: float = 0.0) -> bytes:
+    """Write the body of a request of one row."""
+    tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [first, 1.0, 2.0]}
+    return json.dumps({"inputs": [tensor]}).encode()
+
+
+def request(*headers: bytes, body: bytes | None = None) -> bytes:
+    """Write a request as it goes over the wire."""
+    body = content() if body is None else body
+    return POST + b"\r\n".join([*headers, b"Content-Length: %d" % len(body), b"", body])
+
+
+@contextmanager
+def raw(client: httpx.Client) -> Iterator[socket.socket]:
+    """Connect to a client's server without any HTTP."""
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=10) as sock:
+        yield sock
+
+
+def send_for_ever(sock: socket.socket) -> None:
+    """Send far more than is read before the connection is closed."""
+    for _ in range(2**14):
+        sock.sendall(b"a" * 2**20)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Read until the server closes the connection, which it must do in time."""
+    received = b""
+    while chunk := sock.recv(65536):
+        received += chunk
+    return received
+
+
+def refused(received: bytes, status: int) -> str:
+    """Return the error of an answer that is the protocol's, has an id, and ends its connection."""
+    head, _, body = received.partition(b"\r\n\r\n")
+    lines = head.lower().splitlines()
+    assert lines[0].startswith(b"http/1.1 %d " % status)
+    assert {b"content-type: application/json", b"connection: close", b"content-length: %d" % len(body)} <= set(lines)
+    assert any(line.startswith(b"x-request-id: ") for line in lines)
+    error: str = json.loads(body)["error"]
+    return error
+
+
+@pytest.mark.parametrize("header", [b"Content-Length: 10", b"Transfer-Encoding: chunked"])
+def test_a_body_of_which_nothing_comes_is_waited_for_as_long_as_one_that_stops(header: bytes) -> None:
+    """408, and the connection is closed."""
+    with serving(Waits(), body_timeout=0.3) as client, raw(client) as sock:
+        sock.sendall(POST + header + b"\r\n\r\n")
+        assert "took longer than 0.3 s" in refused(read_all(sock), 408)
+        assert metric(client, 'guardserve_requests_in_flight{model="net"}') == 0
+
+
+def test_a_server_that_stops_does_not_wait_for_a_body_of_which_nothing_has_come() -> None:
+    """It has not been accepted; one that has begun to come is."""
+    with serving(Waits()) as client, raw(client) as bare, raw(client) as begun:
+        bare.sendall(POST + b"Content-Length: 10\r\n\r\n")
+        whole = request()
+        begun.sendall(whole[:-5])
+        wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 2)
+        stopped = time.monotonic()
+        begun.sendall(whole[-5:])
+        assert begun.recv(1000).startswith(b"HTTP/1.1 200")
+    assert time.monotonic() - stopped < 20
+
+
+@pytest.mark.parametrize("rest", [b"x", b"x" * 1000, b"\r\n"])
+@pytest.mark.parametrize("head", [LIVE + b"Content-Length: 1000\r\n\r\n", POST + b"Content-Length: 99999999\r\n\r\n"])
+def test_what_comes_after_an_early_answer_keeps_no_connection_open(
+    head: bytes, rest: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of the body, all of it, or something between requests."""
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.6)
+    with serving(Waits()) as client, raw(client) as sock:
+        sock.sendall(head)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 ")
+        sock.sendall(rest)
+        assert read_all(sock) == b""
+
+
+def test_a_body_that_comes_after_its_answer_in_time_harms_no_request_behind_it() -> None:
+    """It is read and dropped."""
+    with serving(Waits()) as client, raw(client) as sock:
+        sock.sendall(LIVE + b"Content-Length: 1000\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+        sock.sendall(b"x" * 1000 + request(b"Connection: close"))
+        assert read_all(sock).startswith(b"HTTP/1.1 200")
+
+
+def test_requests_that_wait_for_the_model_are_not_ended_for_the_one_behind_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is the server that does not read on: a part of a request's headers may lie there for long."""
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.6)
+    with serving(Waits()) as client, raw(client) as sock:
+        last = request(b"Connection: close")
+        sock.sendall(request(body=content(77)) + request() + last[:30])
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+        sock.sendall(last[30:])
+        assert read_all(sock).count(b"HTTP/1.1 200") == 2
+
+
+LARGE = [
+    LIVE + b"X: " + b"a" * MAX_HEAD + b"\r\n\r\n",
+    LIVE + b"X: y\r\n" * (MAX_HEAD // 2) + b"\r\n",
+    b"GET /" + b"a" * MAX_HEAD + b" HTTP/1.1\r\nHost: test\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("head", LARGE)
+@pytest.mark.parametrize("size", [2**20, 1000])
+def test_a_head_that_is_too_large_is_refused(head: bytes, size: int) -> None:
+    """By one header, by many, or by the path, whether it comes at once or in parts; others are served."""
+    with serving(Waits()) as client, raw(client) as sock:
+        for start in range(0, len(head), size):
+            sock.sendall(head[start : start + size])
+        assert str(MAX_HEAD) in refused(read_all(sock), 431)
+        with raw(client) as other:
+            other.sendall(LIVE + b"Connection: close\r\nX: " + b"a" * (MAX_HEAD - 200) + b"\r\n\r\n")
+            assert read_all(other).startswith(b"HTTP/1.1 200")
+
+
+ENDLESS = [
+    LIVE + b"X: ",
+    POST + b"Transfer-Encoding: chunked\r\n\r\n1;",
+    POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nX: ",
+]
+
+
+@pytest.mark.parametrize("start", ENDLESS, ids=["header", "chunk extension", "trailer"])
+def test_what_never_ends_is_not_read_for_ever(start: bytes) -> None:
+    """The connection is closed long before it has taken much."""
+    with serving(Waits()) as client, raw(client) as sock:
+        sock.sendall(start)
+        with pytest.raises(ConnectionError):
+            send_for_ever(sock)
+        assert client.get("/v2/health/live").status_code == 200
+
+
+def test_a_request_that_asks_for_another_protocol_is_answered_in_this_one() -> None:
+    """As ``curl --http2`` does, with a body, in parts too, with another behind it; h2c or one that nobody knows."""
+    upgrade = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA")
+    unknown = (b"Connection: close, Upgrade", b"Upgrade: websocket")
+    with serving(Waits()) as client, raw(client) as sock:
+        sock.sendall(request(*upgrade))
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+        whole = request(*upgrade)
+        sock.sendall(whole[:-20])
+        time.sleep(0.1)
+        sock.sendall(whole[-20:] + request(*upgrade) + request() + request(*unknown))
+        assert read_all(sock).count(b"HTTP/1.1 200") == 4
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\x16\x03\x01\x02\x00", b"GET / SMTP/9\r\n\r\n", b"CONNECT a:80 HTTP/1.1\r\n\r\n"]
+)
+def test_what_is_no_http_is_refused_in_the_protocols_form(garbage: bytes) -> None:
+    """At the start, and after a request: that is answered first, and alone."""
+    with serving(Waits()) as client, raw(client) as first, raw(client) as second:
+        first.sendall(garbage)
+        assert "not an HTTP request" in refused(read_all(first), 400)
+        second.sendall(request(body=content(77)) + garbage)
+        assert [line for line in read_all(second).splitlines() if line.startswith(b"HTTP")] == [b"HTTP/1.1 200 OK"]
+
+
+def test_a_body_in_parts_that_are_none_is_refused() -> None:
+    """While its request waits for it."""
+    with serving(Waits()) as client, raw(client) as sock:
+        sock.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+        wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 1)
+        sock.sendall(b"what\r\n")
+        refused(read_all(sock), 400)
+        wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 0)
