@@ -17,6 +17,9 @@ from guardserve.exceptions import GuardserveError
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """The HTTP header with the byte count of the JSON that binary tensors follow."""
 
+MAX_CONTAINERS = 2**20
+"""Lists and objects in a request's JSON: each takes many times the memory of the two bytes that write it."""
+
 Reason: TypeAlias = Literal["malformed", "invalid_input", "unknown_output", "too_large", "unsupported_encoding"]
 """Why a request was refused, as a metrics label.
 
@@ -116,8 +119,11 @@ def load_json(body: bytes, size: int) -> object:
     """Parse the first ``size`` bytes of the body, accepting NaN and infinities in the data of inputs.
 
     Raises:
-        ProtocolError: They are not JSON, or nested too deeply.
+        ProtocolError: They are not JSON, or nested too deeply, or hold too many lists and objects.
     """
+    if size > MAX_CONTAINERS and body.count(b"[", 0, size) + body.count(b"{", 0, size) > MAX_CONTAINERS:
+        text = f"the request's JSON holds more than {MAX_CONTAINERS} lists and objects: send data flat, or in binary"
+        raise ProtocolError(text, "too_large", status=413)
     try:
         return orjson.loads(memoryview(body)[:size])
     except orjson.JSONDecodeError as error:

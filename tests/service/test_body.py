@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guardserve.service.body import HEADER_LENGTH, ProtocolError, decompress, json_size, load_json
+from guardserve.service.body import HEADER_LENGTH, MAX_CONTAINERS, ProtocolError, decompress, json_size, load_json
 
 LIMIT = 1_000_000
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -214,3 +214,20 @@ def test_only_the_start_of_the_body_is_json() -> None:
     assert load_json(b"{}NaN", 2) == {}
     with pytest.raises(ProtocolError, match="not valid JSON"):
         load_json(b"{]NaN", 2)
+
+
+@pytest.mark.parametrize("part", [b"[]", b"{}", b"[NaN]"])
+def test_more_lists_and_objects_than_anybody_needs_are_refused_before_they_take_memory(part: bytes) -> None:
+    """413, at a cost of less than the body; as many as may be are read."""
+    body = b"[" + b",".join([part] * MAX_CONTAINERS) + b"]"
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="lists and objects") as caught:
+            load_json(body, len(body))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (caught.value.status, caught.value.reason) == (413, "too_large")
+    assert peak < len(body)
+    allowed = b"[" + b",".join([b"[]"] * (MAX_CONTAINERS - 1)) + b"]"
+    assert len(load_json(allowed, len(allowed))) == MAX_CONTAINERS - 1  # type: ignore[arg-type]
