@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import httpx
 import pytest
@@ -14,8 +16,12 @@ import torch
 from serving import metric, serving, wait_until
 from torch import nn
 
+from guardserve.engine import Result
 from guardserve.service import connection
+from guardserve.service.answer import Answer
 from guardserve.service.connection import MAX_HEAD
+from guardserve.service.inference import Inference
+from guardserve.service.request import InferRequest
 
 INFER = "/v2/models/net/infer"
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n"
@@ -209,3 +215,20 @@ def test_a_body_in_parts_that_are_none_is_refused() -> None:
         sock.sendall(b"what\r\n")
         refused(read_all(sock), 400)
         wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 0)
+
+
+def test_an_answer_is_let_go_of_though_its_request_had_time_left() -> None:
+    """A request's own timeout holds nothing back once it is settled."""
+    kept: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    write = Inference._write
+
+    def watched(self: Inference, result: Result, asked: InferRequest) -> Answer:
+        for tensor in result.outputs.values():
+            kept.add(tensor)
+        return write(self, result, asked)
+
+    body = json.dumps({**json.loads(content()), "parameters": {"timeout": 50_000_000}}).encode()
+    with mock.patch.object(Inference, "_write", watched), serving(Waits()) as client:
+        for _ in range(20):
+            assert client.post(INFER, content=body).status_code == 200
+        wait_until(lambda: len(kept) <= 1, timeout=10)
