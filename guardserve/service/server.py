@@ -14,7 +14,7 @@ import uvicorn
 from guardserve.service.connection import connection_class
 from guardserve.service.life import Life
 
-LINGER = 0.5
+LINGER = 1.0
 """Seconds that an idle connection has, after the listening socket is closed, for a request that is on its way."""
 
 POLL = 0.02
