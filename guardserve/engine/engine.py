@@ -154,7 +154,7 @@ class Engine:
         timeout = -1.0
         if self._runtime.failing:
             timeout = RETEST_INTERVAL
-        elif self._self_test_interval:
+        elif self._self_test_interval and self._runtime.failure is None:
             timeout = self._tested_at + self._self_test_interval - time.monotonic()
             if timeout <= 0:  # however many requests wait
                 return []

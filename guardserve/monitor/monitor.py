@@ -370,7 +370,7 @@ class Monitor:
         """Drain the p-values of the samples judged since the last call, in order.
 
         Each is the share of clean samples at least as odd: small for a sample unlike the reference, uniform on
-        clean data, NaN for a sample with NaN or infinity in a layer. The last 10,000 are kept; older ones are
+        clean data, 0 for a sample with NaN or infinity in a layer. The last 10,000 are kept; older ones are
         dropped when nobody drains them.
 
         Raises:

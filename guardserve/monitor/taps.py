@@ -164,7 +164,7 @@ class Record:
 
     def _compact(self) -> None:
         """Put readings side by side now: many small tensors that wait between large ones would scatter the memory."""
-        if len(self.readings) > 1 and self.whole and self.readings[0].total.is_cpu:
+        if len(self.readings) > 1 and self.whole and all(reading.total.is_cpu for reading in self.readings):
             widths = tuple(reading.total.shape[1] for reading in self.readings)
             self._rows, order = side_by_side(self.readings), self.order
             self.bundle, self.readings = Layout(order, order, widths), []
@@ -279,6 +279,7 @@ class Taps:
         self._open = _Open()
         self._turns = itertools.count()
         self._no_slots: list[Slot | None] = []
+        self._gave_up = False
         self._workspaces: dict[tuple[torch.Size, int | None], Workspace | None] = {}
         self._sheets = Sheets()
         self._taps: list[_Tap] = []
@@ -363,10 +364,10 @@ class Taps:
         record = Record(None, next(self._turns), self.values, self._no_slots)
         try:
             tap.read(args[0] if args else next(iter(kwargs.values())), record)
+            if record.readings:
+                self._finish(record)
         except Exception as error:  # noqa: BLE001 - see above
             _excuse(tap, error)
-        if record.readings:
-            self._finish(record)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del model
@@ -376,6 +377,16 @@ class Taps:
         if _looks_only():
             self._open.record = _IGNORED
             return
+        try:
+            self._open.record = self._opened(args, kwargs)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the answer is not to be lost with it
+            self._open.record = _IGNORED
+            self._give_up(error)
+        self._open.traced.clear()
+        self._open.traced.open = True
+
+    def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
+        """Make the record of a forward."""
         began = time.perf_counter()
         first = args[0] if args and type(args[0]) is torch.Tensor else None
         if first is None or not first.ndim:
@@ -394,9 +405,7 @@ class Taps:
         if record.turn % TIMED == 0:
             record.seconds = began
             record.spent = time.perf_counter() - began
-        self._open.record = record
-        self._open.traced.clear()
-        self._open.traced.open = True
+        return record
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Hand over the record; a forward that raised (its output is None, as a good one's may be) saw none through."""
@@ -410,6 +419,13 @@ class Taps:
         if record is None or record is _IGNORED or raised:
             self._open.traced.clear()
             return
+        try:
+            self._close(record, args)
+        except Exception as error:  # noqa: BLE001 - see above
+            self._give_up(error)
+
+    def _close(self, record: Record, args: tuple[Any, ...]) -> None:
+        """End a record, and hand it over if it shows anything."""
         began = time.perf_counter() if record.seconds else 0.0
         traced = self._open.traced
         if traced.readings:
@@ -423,6 +439,12 @@ class Taps:
             if record.seconds:
                 record.spent += time.perf_counter() - began
             self._finish(record)
+
+    def _give_up(self, error: Exception) -> None:
+        """Leave a forward out; the first one is told of."""
+        if not self._gave_up:
+            self._gave_up = True
+            _log.warning("a forward cannot be monitored, and others may be left out too", exc_info=error)
 
     def _lay_out(self, record: Record, args: tuple[Any, ...]) -> None:
         """Make a workspace for forwards like this one, if they can have one."""

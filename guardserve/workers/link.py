@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -37,6 +38,7 @@ class Link(Collector):
         self._line = Line(connection)
         self._tickets = itertools.count()
         self._scrapes: dict[int, Future[Pooled]] = {}
+        self._asked: SimpleQueue[Collect] = SimpleQueue()
         self._last = Report(None, [])
 
     def attach(self, metrics: Metrics, leave: Callable[[], object]) -> None:
@@ -49,6 +51,7 @@ class Link(Collector):
         self._metrics = metrics
         metrics.exposed = self
         threading.Thread(target=self._listen, args=(leave,), name="guardserve-link", daemon=True).start()
+        threading.Thread(target=self._tell, name="guardserve-report", daemon=True).start()
 
     def up(self) -> None:
         """Say that this worker takes connections."""
@@ -94,7 +97,7 @@ class Link(Collector):
             try:
                 message = self._line.receive()
                 if isinstance(message, Collect):
-                    self._line.send(self._report(message))
+                    self._asked.put(message)
                 elif isinstance(message, Hurry):
                     leave()
                 elif isinstance(message, Pooled) and (waiting := self._scrapes.get(message.ticket)) is not None:
@@ -103,6 +106,11 @@ class Link(Collector):
                 break
         _log.error("the supervisor of this worker is gone: it answers what it has accepted, and ends")
         leave()
+
+    def _tell(self) -> None:
+        """Report when asked to, while the line is read on: else both ends could wait for the other to read."""
+        while True:
+            self._say(self._report(self._asked.get()))
 
     def _report(self, asked: Collect) -> Report:
         try:

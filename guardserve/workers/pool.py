@@ -131,6 +131,6 @@ class Pool:
             return
         try:
             save_state(self._state, self._detector)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - the workers go on
             self._failures += 1
             _log.error("the detector's state could not be saved to %s, which is tried again: %s", self._state, error)

@@ -209,10 +209,13 @@ class Supervisor:
                     self._tell(worker, Hurry())
 
     def _hang_up(self) -> None:
-        """Have those that have a model load it again; the others are about to load it anyway."""
+        """Have every worker load its model again; those that are starting, when they have, as it may be the old one."""
+        if self._ends_by is not None:
+            return
         for worker in self._workers:
-            if worker.up and worker.pid is not None:
-                os.kill(worker.pid, signal.SIGHUP)
+            worker.outdated = worker.process is not None and not worker.up
+            if worker.up:
+                worker.reload()
 
     def _end(self) -> None:
         """Have every worker end; none is started again."""
@@ -234,7 +237,12 @@ class Supervisor:
 
     def _start(self, worker: _Worker) -> None:
         context = get_context("spawn")
-        mine, theirs = context.Pipe()
+        try:
+            mine, theirs = context.Pipe()
+        except OSError as error:  # too many files, say: the others go on
+            worker.reason = str(error)
+            self._put_off(worker, None, None)
+            return
         _limit(mine)
         arguments = (theirs, list(self._sockets), *self._arguments)
         name = f"guardserve-worker-{worker.number}"
@@ -268,20 +276,29 @@ class Supervisor:
             worker.hang_up()
             return
         if isinstance(message, Up):
-            worker.up_since = time.monotonic()
-            self._was_up, self._failed_starts = True, 0
-            _log.info("worker %d takes connections (process %s)", worker.number, worker.pid)
+            self._is_up(worker)
         elif isinstance(message, Failed):
             worker.reason = message.reason
         elif isinstance(message, Scrape):
             self._next_waiting.append((worker, message.ticket))
         elif isinstance(message, Report):
-            worker.report, worker.silent_since = message, None
+            if worker.report is None or worker.report.round is not None or message.round is None:
+                worker.report = message  # a last word stays, whatever was on its way
+            worker.silent_since = None
             if message.round == self._round and self._round_ends is not None:
                 worker.fresh = True
                 self._asked.discard(worker.number)
             else:
                 self._judge([message])
+
+    def _is_up(self, worker: _Worker) -> None:
+        """Note that a worker takes connections."""
+        worker.up_since = time.monotonic()
+        self._was_up, self._failed_starts = True, 0
+        _log.info("worker %d takes connections (process %s)", worker.number, worker.pid)
+        if worker.outdated:
+            worker.outdated = False
+            worker.reload()
 
     def _bury(self, worker: _Worker) -> None:
         """Keep what an ended worker had counted, and see whether it is to be started again."""
@@ -405,6 +422,7 @@ class _Worker:
         self.deaths = 0
         self.reason: str | None = None
         self.lost = False
+        self.outdated = False
 
     @property
     def up(self) -> bool:
@@ -426,6 +444,12 @@ class _Worker:
         """Whether it has answered all that it was asked."""
         return self.asked == 0 or (self.report is not None and self.report.round == self.asked)
 
+    def reload(self) -> None:
+        """Have it load its model again, if it has not just ended."""
+        if self.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGHUP)
+
     def end(self, reason: str) -> None:
         """End the process at once."""
         if self.process is not None:
@@ -442,7 +466,7 @@ class _Worker:
         """Forget a process that has ended."""
         self.hang_up()
         self.process = self.report = self.up_since = self.silent_since = None
-        self.asked = 0
+        self.asked, self.outdated = 0, False
 
 
 def _limit(connection: Connection) -> None:

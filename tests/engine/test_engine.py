@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -176,6 +177,29 @@ def test_a_model_whose_answers_depend_on_the_batch_is_never_joined() -> None:
         assert "depends on its batch mates" in runtime.apart
         answers = results(engine, *[rows(float(i)) for i in range(6)])
         assert [float(answer.outputs["output"][0, 0]) for answer in answers] == [0, 1, 2, 3, 4, 5]
+
+
+class Unsound(nn.Module):
+    """Gives NaN for whatever it is shown."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Divide by nothing."""
+        return x * NAN
+
+
+def test_a_model_that_never_started_is_not_tested_and_its_engine_ends() -> None:
+    """Its thread waits for requests to refuse, though the time for a self-test has passed many times."""
+    runtime = Runtime(loaded(Unsound()))
+    engine = Engine(runtime, lambda _: None, self_test_interval=0.01)
+    with mock.patch.object(engine, "test", side_effect=engine.test) as test:
+        started = threading.Event()
+        engine.start(lambda _: started.set())
+        assert started.wait(30)
+        time.sleep(0.2)
+        assert runtime.failure is not None
+        assert test.call_count == 0
+        assert engine.close(10)
+    runtime.close()
 
 
 class ToTheLongest(nn.Module):

@@ -9,6 +9,7 @@ import pickle
 import threading
 from collections import defaultdict
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 
 from guardserve import EvalGuard, Monitor, trace_nonfinite
 from guardserve.monitor import LayerShift
+from guardserve.monitor.taps import Taps
 
 
 class SubclassedBatchNorm(nn.BatchNorm2d):
@@ -400,3 +402,16 @@ def test_a_forward_that_returns_nothing_has_seen_its_samples() -> None:
             model(-torch.ones(7, 3))
         model(torch.ones(2, 3))
         assert monitor.snapshot().samples == 7
+
+
+@pytest.mark.parametrize("method", ["_opened", "_finish"])
+def test_a_fault_of_the_monitor_costs_no_answer(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever fails around a forward, it is told of once, and later forwards are seen."""
+    model = nn.Sequential(nn.BatchNorm1d(3)).eval()
+    with Monitor(model) as monitor, torch.inference_mode():
+        with mock.patch.object(Taps, method, side_effect=MemoryError("none left")):
+            assert len(model(torch.ones(5, 3))) == 5
+            assert len(model(torch.ones(5, 3))) == 5
+        model(torch.ones(2, 3))
+        assert monitor.snapshot().samples == 2
+    assert caplog.text.count("cannot be monitored") == 1
