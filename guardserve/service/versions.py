@@ -36,6 +36,9 @@ CLOSE_TIMEOUT = 30.0
 POLL = 0.1
 """Seconds between two looks whether the server is stopping while a new version is on its way."""
 
+FREE_AFTER = (0.0, 0.2, 0.4, 0.8)
+"""Seconds before each try to free the memory of a version: a thread that is just ending may still have it."""
+
 Load: TypeAlias = Callable[[Runtime], Runtime]
 """Loads the model of a runtime again, as it was loaded at the start; gives another runtime, not started."""
 
@@ -194,7 +197,10 @@ class Versions:
         model = weakref.ref(old.runtime.guard.module)
         await self._end(old)
         del old
-        await asyncio.get_running_loop().run_in_executor(None, _free, model)
+        for wait in FREE_AFTER:
+            await asyncio.sleep(wait)
+            if self._life.draining or await asyncio.get_running_loop().run_in_executor(None, _free, model):
+                return
 
     async def _end(self, old: Inference) -> None:
         loop = asyncio.get_running_loop()
@@ -249,12 +255,17 @@ def _log_start(name: str, started: asyncio.Future[GuardserveError | None]) -> No
         _log.error("%s is not ready: %s", name, failure, exc_info=failure.__cause__)
 
 
-def _free(model: weakref.ref[nn.Module]) -> None:
-    """Free a model that references in a circle keep: what was there at the start is frozen, and not looked through."""
+def _free(model: weakref.ref[nn.Module]) -> bool:
+    """Free a model that references in a circle keep: what was there at the start is frozen, and not looked through.
+
+    Returns:
+        Whether it is gone; a thread that has just ended its work may still have it.
+    """
     if model() is None:
-        return
+        return True
     frozen = gc.get_freeze_count()
     gc.unfreeze()
     gc.collect()
     if frozen:
         gc.freeze()
+    return model() is None
