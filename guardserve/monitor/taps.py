@@ -63,6 +63,7 @@ class Record:
         "_rows",
         "bundle",
         "filled",
+        "key",
         "places",
         "readings",
         "ready",
@@ -84,7 +85,8 @@ class Record:
         self.sheet: Sheet | None = None
         self.slots = slots
         self.filled: dict[int, None] = {}
-        self.places: list[Place] | None = None
+        self.key: tuple[torch.Size, int | None] | None = None
+        self.places: list[Place] = []
         self.bundle: Layout | None = None
         self.ready: torch.cuda.Event | None = None
         self.seconds: float | None = None
@@ -245,7 +247,7 @@ class _Tap:
                 self._plans.clear()
             self._plans[key] = planned
         record.readings.append(read(self.index, x, planned[0], record.turn, planned[1]))
-        if record.places is not None:
+        if record.key is not None:
             record.places.append(Place(self.index, x.shape, x.stride(), *planned))
 
     def _plan(self, x: torch.Tensor, record: Record) -> tuple[Plan, torch.Tensor] | None:
@@ -401,7 +403,7 @@ class Taps:
                 record.sheet = self._sheets.take(workspace)
                 record.slots = record.sheet.slots
             elif key not in self._workspaces:
-                record.places = []
+                record.key = key
         if record.turn % TIMED == 0:
             record.seconds = began
             record.spent = time.perf_counter() - began
@@ -409,7 +411,7 @@ class Taps:
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Hand over the record; a forward that raised (its output is None, as a good one's may be) saw none through."""
-        del model
+        del model, args
         if torch.compiler.is_dynamo_compiling():
             self._end_in_graph()
             return
@@ -420,11 +422,11 @@ class Taps:
             self._open.traced.clear()
             return
         try:
-            self._close(record, args)
+            self._close(record)
         except Exception as error:  # noqa: BLE001 - see above
             self._give_up(error)
 
-    def _close(self, record: Record, args: tuple[Any, ...]) -> None:
+    def _close(self, record: Record) -> None:
         """End a record, and hand it over if it shows anything."""
         began = time.perf_counter() if record.seconds else 0.0
         traced = self._open.traced
@@ -432,8 +434,8 @@ class Taps:
             self._unpack(record, traced.readings)
             self._turn.add_(1)
         traced.clear()
-        if record.places is not None and args:
-            self._lay_out(record, args)
+        if record.key is not None:
+            self._lay_out(record, record.key)
         record.close()
         if record.readings or record.bundle is not None:
             if record.seconds:
@@ -446,15 +448,14 @@ class Taps:
             self._gave_up = True
             _log.warning("a forward cannot be monitored, and others may be left out too", exc_info=error)
 
-    def _lay_out(self, record: Record, args: tuple[Any, ...]) -> None:
+    def _lay_out(self, record: Record, key: tuple[torch.Size, int | None]) -> None:
         """Make a workspace for forwards like this one, if they can have one."""
-        places, workspace = record.places or [], None
-        if len(places) > 1 and record.whole and fits(places):
-            workspace = Workspace(places, len(self.points))
+        workspace = None
+        if len(record.places) > 1 and record.whole and fits(record.places):
+            workspace = Workspace(record.places, len(self.points))
         if len(self._workspaces) >= _KEPT_PLANS:
             self._workspaces.clear()
-        if isinstance(args[0], torch.Tensor):
-            self._workspaces[args[0].shape, record.values] = workspace
+        self._workspaces[key] = workspace
 
     def _finish(self, record: Record) -> None:
         if record.readings and record.readings[0].total.is_cuda:

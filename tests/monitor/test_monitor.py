@@ -415,3 +415,22 @@ def test_a_fault_of_the_monitor_costs_no_answer(method: str, caplog: pytest.LogC
         model(torch.ones(2, 3))
         assert monitor.snapshot().samples == 2
     assert caplog.text.count("cannot be monitored") == 1
+
+
+def test_inputs_by_name_are_read_like_those_by_position() -> None:
+    """Forward after forward, as the first ones settle how later ones are read."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    inputs = [torch.randn(2, 3, 5, 5) for _ in range(4)]
+    with torch.inference_mode():
+        with Monitor(model, values=None) as monitor:
+            for image in inputs:
+                model(image)
+            positional = monitor.snapshot()
+        with Monitor(model, values=None) as monitor:
+            for image in inputs:
+                model(input=image)
+            named = monitor.snapshot()
+    assert named.samples == positional.samples == 8
+    for a, b in zip(named.layers, positional.layers, strict=True):
+        assert a.mean_shift == pytest.approx(b.mean_shift)
+        assert a.log_std_ratio == pytest.approx(b.log_std_ratio)
