@@ -1,6 +1,7 @@
 """The demo: the embedded model behind the real server, clean and then shifted requests, and what the monitor says.
 
-Everything that is shown is read over HTTP: predictions from the inference endpoint, the shift from ``/metrics``.
+Everything that is shown is read over HTTP: predictions from the inference endpoint, alarms from ``/metrics``, and
+what is behind them from the page.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.table import Table
 from guardserve.demo.digits import SHIFTS, DigitSet, load_digits
 from guardserve.exceptions import GuardserveError
 from guardserve.loading import load_model
+from guardserve.monitor import ReferenceProfile
 from guardserve.runtime import Runtime
 from guardserve.service.app import create_app
 from guardserve.service.background import serve_in_background
@@ -29,13 +31,11 @@ if TYPE_CHECKING:
     import httpx
 
 CLEAN, SHIFT = "clean", "brighter"
-BATCH = 8
-REQUESTS = 32
-"""Requests of each phase."""
+IMAGES = 256
+"""Images of each phase, each a request of its own."""
 
-WINDOW = 64
-THRESHOLD = 0.3
-"""Over 1,000 clean windows of this size the score stayed below .24; a window of the demo's shift has over .7."""
+TARGET_ARL = 4_000
+"""Images between false alarms: what a reference of 451 images can carry."""
 
 READY_TIMEOUT = 60.0
 
@@ -49,15 +49,15 @@ class Phase:
         samples: Images sent and answered.
         correct: Images whose digit was recognised.
         finite: Whether every output was finite.
-        score: The shift score after the last request, None while the monitor had too few samples.
-        alarm_after: Images until the score reached the threshold, None if it did not.
+        evidence: Evidence of a shift after the last image; from 1 on, it is an alarm.
+        alarm_after: Images until the alarm, None if there was none.
     """
 
     name: str
     samples: int = 0
     correct: int = 0
     finite: bool = True
-    score: float | None = None
+    evidence: float = 0.0
     alarm_after: int | None = None
 
     @property
@@ -83,8 +83,11 @@ def run_demo(host: str, port: int, *, once: bool, console: Console) -> bool:
     """
     import httpx  # noqa: PLC0415 - with all that it brings it takes memory, which servers do without
 
-    live = load_digits().live
-    runtime = Runtime(load_model("demo"), shift_window=WINDOW, shift_min_samples=WINDOW, shift_threshold=THRESHOLD)
+    digits = load_digits()
+    loaded = load_model("demo")
+    console.print(f"A reference profile is made of {len(digits.reference.labels)} clean images.\n")
+    profile = ReferenceProfile.fit(loaded.module, [digits.reference.images], target_arl=TARGET_ARL)
+    runtime = Runtime(loaded, reference=profile, target_arl=TARGET_ARL)
     app = create_app(runtime)
     with serve_in_background(app, host, port) as address, httpx.Client(base_url=address, trust_env=False) as client:
         _await_ready(client)
@@ -94,10 +97,10 @@ def run_demo(host: str, port: int, *, once: bool, console: Console) -> bool:
         phases = [Phase(CLEAN), Phase(SHIFT)]
         with Live(console=console, auto_refresh=False) as view:
             for phase in phases:
-                for _ in _send(client, runtime.name, live, phase):
+                for _ in _send(client, runtime.name, digits.live, phase):
                     view.update(_table(phases), refresh=True)
         clean, shifted = phases
-        console.print("\n" + _summary(clean, shifted), soft_wrap=True)
+        console.print("\n" + _summary(clean, shifted, _reason(client)), soft_wrap=True)
         if not once:
             console.print("\nServing on; Ctrl-C stops.")
             _wait()
@@ -108,14 +111,14 @@ def _send(client: httpx.Client, model: str, digits: DigitSet, phase: Phase) -> I
     """Send one phase's requests, yielding after each."""
     images = digits.images if phase.name == CLEAN else SHIFTS[phase.name](digits.images)
     order = torch.randperm(len(digits.labels), generator=torch.Generator().manual_seed(0))
-    for start in range(0, BATCH * REQUESTS, BATCH):
-        rows = order.narrow(0, start, BATCH)
-        logits = _infer(client, model, images[rows])
-        phase.samples += len(rows)
-        phase.correct += int((logits.argmax(1) == digits.labels[rows]).sum())
+    for row in order.narrow(0, 0, IMAGES).unsqueeze(1):
+        logits = _infer(client, model, images[row])
+        phase.samples += 1
+        phase.correct += int(logits.argmax() == digits.labels[row])
         phase.finite &= bool(logits.isfinite().all())
-        phase.score = _score(client)
-        if phase.alarm_after is None and phase.score is not None and phase.score >= THRESHOLD:
+        metrics = _metrics(client)
+        phase.evidence = metrics["guardserve_shift_evidence"]
+        if phase.alarm_after is None and metrics["guardserve_shift_alarms_total"]:
             phase.alarm_after = phase.samples
         yield
 
@@ -136,12 +139,17 @@ def _infer(client: httpx.Client, model: str, images: torch.Tensor) -> torch.Tens
     return torch.tensor(output["data"]).reshape(output["shape"])
 
 
-def _score(client: httpx.Client) -> float | None:
-    """Read the shift score as Prometheus would."""
-    for line in client.get("/metrics").raise_for_status().text.splitlines():
-        if line.startswith("guardserve_shift_score{"):
-            return float(line.rsplit(" ", 1)[1])
-    return None
+def _metrics(client: httpx.Client) -> dict[str, float]:
+    """Read what Prometheus would of the shift; of several series with one name, the last."""
+    lines = client.get("/metrics").raise_for_status().text.splitlines()
+    series = (line.rsplit(" ", 1) for line in lines if line.startswith("guardserve_shift_"))
+    return {name.partition("{")[0]: float(value) for name, value in series}
+
+
+def _reason(client: httpx.Client) -> str:
+    """Read what the page says of the shift."""
+    headline = client.get("/ui/state").raise_for_status().json()["now"]["headline"]
+    return f"{headline['title']}: {headline['detail']}"
 
 
 def _await_ready(client: httpx.Client) -> None:
@@ -161,30 +169,27 @@ def _wait() -> None:
 
 def _table(phases: list[Phase]) -> Table:
     table = Table()
-    for header in ("traffic", "images", "accuracy", "outputs", "shift score", "monitor"):
+    for header in ("traffic", "images", "accuracy", "outputs", "evidence", "monitor"):
         table.add_column(header, no_wrap=True)
     for phase in phases:
         if not phase.samples:
             continue
-        if phase.alarm_after is not None:
-            says = f"[bold red]SHIFT[/bold red] after {phase.alarm_after}"
-        else:
-            says = "warming" if phase.score is None else "[green]ok[/green]"
+        alarm = phase.alarm_after
+        says = "[green]ok[/green]" if alarm is None else f"[bold red]SHIFT[/bold red] after {alarm}"
         table.add_row(
             phase.name,
             str(phase.samples),
             f"{phase.accuracy:.3f}",
             "finite" if phase.finite else "NON-FINITE",
-            "-" if phase.score is None else f"{phase.score:.2f}",
+            f"{phase.evidence:.2f}",
             says,
         )
     return table
 
 
-def _summary(clean: Phase, shifted: Phase) -> str:
+def _summary(clean: Phase, shifted: Phase, reason: str) -> str:
     fell = f"Accuracy fell from {clean.accuracy:.3f} to {shifted.accuracy:.3f}"
     quiet = "while every output stayed finite and every status 200" if shifted.finite else "with non-finite outputs"
     if shifted.alarm_after is None:
         return f"{fell} {quiet}; the monitor did not notice."
-    after = f"{shifted.alarm_after} images after the shift began (score over {THRESHOLD})"
-    return f"{fell} {quiet};\nthe monitor said so {after}."
+    return f"{fell} {quiet};\nthe monitor said so {shifted.alarm_after} images after the shift began.\n{reason}"
