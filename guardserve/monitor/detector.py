@@ -259,7 +259,7 @@ class Detector:
                 self._state = "ok"
         if shifted and self._average is not None:
             self._average.update(features[shifted], vectors[shifted])
-            self._lead = lead_layer(evidence[shifted[-1]])
+            self._lead = lead_layer(self._average, self.profile, evidence[shifted[-1]])
         if positions:
             self._evidence, self._relative = evidence[-1], largest[-1]
             self._recent = np.concatenate([self._recent, vectors[-LOOK_BACK:]])[-LOOK_BACK:]
@@ -271,7 +271,7 @@ class Detector:
         recent = np.concatenate([self._recent, vectors[: row + 1]])[-LOOK_BACK:]
         end = self._end - len(features) + row + 1
         self._average = ShiftAverage(self._rows[end - len(recent) : end], recent)
-        self._lead = lead_layer(evidence)
+        self._lead = lead_layer(self._average, self.profile, evidence)
 
     def state_dict(self) -> Arrays:
         """Return all that the detector remembers, as arrays; p-values that nobody has drained are left behind."""

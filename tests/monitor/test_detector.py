@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -137,6 +138,19 @@ def test_the_reading_names_what_happened_to_the_input(
     assert verdict.layer == "blocks.0.norm"
     assert all(word in verdict.reading for word in words), verdict.reading
     assert verdict.reading.endswith("; lasting")
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+def test_a_fault_inside_the_model_is_named_where_it_is(
+    model: nn.Module, profile: ReferenceProfile, clean: Sampler, block: int
+) -> None:
+    """A convolution that lost a third of its output leads to the layer behind it, not to one before or after."""
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_parameter(f"blocks.{block}.conv.weight").mul_(0.67)
+    verdict, _ = watch(broken, profile, clean(120, seed=26))
+    assert verdict.state == "shifted"
+    assert verdict.layer == f"blocks.{block}.norm"
 
 
 @pytest.mark.parametrize("classes", [(1, 7), (3, 8), (0, 2, 4, 6, 8)])

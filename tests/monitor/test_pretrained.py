@@ -74,6 +74,16 @@ def blurred(images: torch.Tensor) -> torch.Tensor:
     return nn.functional.avg_pool2d(nn.functional.pad(images, (2, 2, 2, 2), mode="replicate"), 5, 1)
 
 
+def coarse(images: torch.Tensor) -> torch.Tensor:
+    """Give each 2 x 2 pixels one colour."""
+    return nn.functional.interpolate(nn.functional.avg_pool2d(images, 2), scale_factor=2.0)
+
+
+def faint(images: torch.Tensor) -> torch.Tensor:
+    """Add noise of 2 % of the range, which late layers hardly see."""
+    return images + 0.02 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize(
     ("shift", "words", "within"),
     [
@@ -85,8 +95,10 @@ def blurred(images: torch.Tensor) -> torch.Tensor:
         ),
         (blurred, ("input-level", "vary less"), 12),
         (torch.zeros_like, ("input-level",), 4),
+        (coarse, ("input-level", "vary less"), 4),
+        (faint, ("input-level", "more"), 12),
     ],
-    ids=["brightness", "noise", "blur", "dead sensor"],
+    ids=["brightness", "noise", "blur", "dead sensor", "coarse pixels", "faint noise"],
 )
 def test_the_reading_names_what_happened_to_the_photos(  # noqa: PLR0917 - three of them are fixtures
     network: nn.Module,
