@@ -2,7 +2,7 @@
 # make test   venv, everything the tests need, then the tests (ARGS="-k guard" to choose)
 # make image-test   builds the image with buildah and runs it; as root
 # make docs-pictures   the pictures in docs/pictures, from a real run
-# make lint   ruff          make types   mypy          make check   lint, types and tests
+# make lint   ruff, bandit        make types   mypy          make check   lint, types and tests
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -30,6 +30,7 @@ docs-pictures: $(VENV)/.test
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --recursive guardserve
 
 types: $(VENV)/.lint $(VENV)/.test
 	$(BIN)/mypy

@@ -96,7 +96,7 @@ class _Calls:
             try:
                 response = yield from self._send("POST", "/infer", timeout, content=content, headers=headers)
             except OverloadedError as error:
-                wait = (error.retry_after or 0.0) * (1 + SPREAD * random.random())  # noqa: S311 - no secret
+                wait = (error.retry_after or 0.0) * (1 + SPREAD * random.random())  # noqa: S311 - no secret # nosec B311
                 left = end - time.monotonic()
                 if not tries_left or error.retry_after is None or error.retry_after > MAX_WAIT or wait >= left:
                     raise

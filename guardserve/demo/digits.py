@@ -65,7 +65,7 @@ def load_digits() -> Digits:
 
 
 def _split(digits: DigitSet) -> Digits:
-    generator = random.Random(SPLIT_SEED)  # noqa: S311
+    generator = random.Random(SPLIT_SEED)  # noqa: S311 # nosec B311
     labels = digits.labels.tolist()
     seen: Counter[int] = Counter()
     parts: dict[str, list[int]] = {"train": [], "reference": [], "live": []}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import pickle
+import pickle  # nosec B403
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +86,7 @@ def _read(path: Path, *, allow_pickle: bool) -> Any:
     _log.warning("unpickling %s, which can run any code that is in it", path)
     try:
         with importable_cwd():
-            return torch.load(path, map_location="cpu", weights_only=False)
+            return torch.load(path, map_location="cpu", weights_only=False)  # nosec B614
     except Exception as error:
         raise ModelLoadError(
             f"{path} cannot be unpickled: {type(error).__name__}: {reason(error)}. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # nosec B403
 import threading
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -129,4 +129,5 @@ class Line:
             EOFError: If the other side has gone.
             OSError: If it stopped in the middle of one.
         """
-        return pickle.loads(self.connection.recv_bytes())  # noqa: S301 - a process of ours, on a line without a name
+        # from a process of ours, on a line that has no name
+        return pickle.loads(self.connection.recv_bytes())  # noqa: S301 # nosec B301
