@@ -97,7 +97,10 @@ class ServeSettings(BaseSettings):
         2**25, ge=1, description="Most pixels of an image in a request, told by its header before it is decoded."
     )
     max_pending_size: int = Field(
-        512 * MIB, ge=1, description="Most bytes of all request bodies held at once; more are refused with 503."
+        512 * MIB,
+        ge=1,
+        description="Most bytes of all requests held at once, as they came, decompressed and as tensors; more are "
+        "refused with 503.",
     )
     max_connections: int = Field(
         1024, ge=1, description="Most connections; what more ask for, but health and metrics, is refused with 503."

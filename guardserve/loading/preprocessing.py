@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +27,12 @@ MAX_PIXELS = 2**25
 
 PLUGINS = {"JPEG": ("PIL.JpegImagePlugin", "JpegImageFile"), "PNG": ("PIL.PngImagePlugin", "PngImageFile")}
 """What reads each format."""
+
+PIXEL = 4
+"""Bytes that Pillow takes for each pixel."""
+
+FLOAT = 4
+"""Bytes of each channel of a pixel as a number; there are two copies of them for a moment."""
 
 IMAGE_DIMENSIONS = 4
 
@@ -151,7 +158,7 @@ class ImagePreprocessing:
         if spec.dtype is torch.uint8:
             return pixels.contiguous()
         mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
-        return ((pixels.float() / self.scale - mean) / std).contiguous().to(spec.dtype)
+        return pixels.float().div_(self.scale).sub_(mean).div_(std).contiguous().to(spec.dtype)
 
 
 def image_preprocessing(
@@ -192,7 +199,13 @@ def find_preprocessing(*holders: object) -> ImagePreprocessing | None:
 
 
 def read_image(
-    data: bytes, kind: str, preprocessing: ImagePreprocessing, spec: TensorSpec, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    kind: str,
+    preprocessing: ImagePreprocessing,
+    spec: TensorSpec,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    hold: Callable[[int], object] = abs,
 ) -> torch.Tensor:
     """Make a batch of one of an encoded image.
 
@@ -202,6 +215,7 @@ def read_image(
         preprocessing: How to make a sample of it.
         spec: The model's input.
         max_pixels: Most pixels that it may have, as its header tells before anything is decoded.
+        hold: Told of the bytes that it takes, before it is decoded; what it raises is raised.
 
     Raises:
         MissingExtraError: If Pillow is not installed.
@@ -209,22 +223,33 @@ def read_image(
         InputError: If it is no such image, is damaged, or does not fit the input.
     """
     pillow()
-    try:
-        with _opened(data, kind) as image:
-            _check_size("has", image.size, max_pixels)
-            _check_size("would be resized to", preprocessing.resized(image.size), max_pixels)
+    with _reading(kind):
+        image = _opened(data, kind)
+    with image:
+        _check_size("has", image.size, max_pixels)
+        resized = preprocessing.resized(image.size)
+        _check_size("would be resized to", resized, max_pixels)
+        hold(PIXEL * (math.prod(image.size) + math.prod(resized)) + 2 * FLOAT * spec.shape[1] * math.prod(resized))
+        with _reading(kind):
             image.load()
             sample = preprocessing.apply(image, spec)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # a decoder may raise anything at bytes that were made to break it
-        raise InputError(f"the {kind} image cannot be read: {error}") from error
     if any(want not in (-1, got) for want, got in zip(spec.shape[1:], sample.shape, strict=True)):
         raise InputError(
             f"the image is {sample.shape[1]} x {sample.shape[2]} after preprocessing, but input {spec.name!r} takes "
             f"{spec.shape[2]} x {spec.shape[3]}, where -1 is any size"
         )
     return sample.unsqueeze(0)
+
+
+@contextmanager
+def _reading(kind: str) -> Iterator[None]:
+    """Raise an InputError for whatever a decoder raises at bytes that were made to break it."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"the {kind} image cannot be read: {error}") from error
 
 
 def _check_size(what: str, size: tuple[int, int], max_pixels: int) -> None:

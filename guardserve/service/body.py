@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -13,12 +11,20 @@ from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
 import orjson
 
 from guardserve.exceptions import GuardserveError
+from guardserve.service.array_text import PIECE, TooLongError, cut_arrays
+from guardserve.service.limits import Hold, unlimited
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """The HTTP header with the byte count of the JSON that binary tensors follow."""
 
-MAX_CONTAINERS = 2**20
-"""Lists and objects in a request's JSON: each takes many times the memory of the two bytes that write it."""
+MAX_WHOLE = 256 * 1024
+"""Bytes of JSON up to which it is parsed at once, data and all."""
+
+MAX_REST = 512 * 1024
+"""Bytes of longer JSON beside the data of its inputs: these alone are parsed at once then."""
+
+MAX_PARAMETERS = 256
+"""Parameters of a request."""
 
 Reason: TypeAlias = Literal["malformed", "invalid_input", "unknown_output", "too_large", "unsupported_encoding"]
 """Why a request was refused, as a metrics label.
@@ -33,7 +39,7 @@ Reason: TypeAlias = Literal["malformed", "invalid_input", "unknown_output", "too
 _T = TypeVar("_T")
 _JSON_TYPES: dict[type, str] = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer"}
 _WBITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's codes for the gzip and the zlib format
-_WINDOW = 16 * 1024
+_WINDOW = 4 * 1024
 _MAX_GZIP_MEMBERS = 10_000  # an empty member is 20 bytes: without a bound a small body could ask for millions
 
 
@@ -51,13 +57,14 @@ class ProtocolError(GuardserveError):
         self.status = status
 
 
-def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
+def decompress(body: bytes, encoding: str | None, limit: int, hold: Hold = unlimited) -> bytes:
     """Undo a Content-Encoding while never holding much more than ``limit`` bytes of the result.
 
     Args:
         body: The body as received.
         encoding: ``gzip`` (of one or more members), ``deflate`` (the zlib format), or ``identity``, which None means.
         limit: The most bytes that the result may have.
+        hold: Told of the result's bytes as they come, if they are not the body's own.
 
     Raises:
         ProtocolError: 413 for a larger result, 415 for another encoding, 400 for data that is corrupt, truncated or
@@ -73,12 +80,12 @@ def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
             status=415,
         )
     try:
-        return _inflate(body, _WBITS[coding], limit, streams=1 if coding == "deflate" else _MAX_GZIP_MEMBERS)
+        return _inflate(body, _WBITS[coding], limit, hold, streams=1 if coding == "deflate" else _MAX_GZIP_MEMBERS)
     except zlib.error as error:
         raise ProtocolError(f"the body is not valid {coding}: {error}") from None
 
 
-def _inflate(body: bytes, wbits: int, limit: int, streams: int) -> bytes:
+def _inflate(body: bytes, wbits: int, limit: int, hold: Hold, streams: int) -> bytes:
     """Decompress a body made of at most that many streams; small windows, as zlib copies what follows a stream."""
     view, position, output = memoryview(body), 0, bytearray()
     for _ in range(streams):
@@ -87,7 +94,9 @@ def _inflate(body: bytes, wbits: int, limit: int, streams: int) -> bytes:
             window = view[position : position + _WINDOW]
             if not window:
                 raise ProtocolError("the compressed body is truncated")
-            output += stream.decompress(window, limit + 1 - len(output))
+            part = stream.decompress(window, limit + 1 - len(output))
+            hold(len(part))
+            output += part
             if len(output) > limit:
                 _refuse_size(limit)
             position += len(window) - len(stream.unused_data)
@@ -118,44 +127,37 @@ def json_size(body: bytes, header_length: str | None) -> int:
 def load_json(body: bytes, size: int) -> object:
     """Parse the first ``size`` bytes of the body, accepting NaN and infinities in the data of inputs.
 
+    In long JSON an input's data may be left as the :class:`ArrayText` that it is.
+
     Raises:
-        ProtocolError: They are not JSON, or nested too deeply, or hold too many lists and objects.
+        ProtocolError: They are not JSON, or nested too deeply, or too long beside the data of inputs.
     """
-    if size > MAX_CONTAINERS and body.count(b"[", 0, size) + body.count(b"{", 0, size) > MAX_CONTAINERS:
-        text = f"the request's JSON holds more than {MAX_CONTAINERS} lists and objects: send data flat, or in binary"
-        raise ProtocolError(text, "too_large", status=413)
+    if size <= MAX_WHOLE:
+        try:
+            return orjson.loads(memoryview(body)[:size])
+        except orjson.JSONDecodeError as error:
+            if body.find(b"NaN", 0, size) < 0 and body.find(b"Infinity", 0, size) < 0:
+                raise _no_json(error) from None
     try:
-        return orjson.loads(memoryview(body)[:size])
-    except orjson.JSONDecodeError as error:
-        if body.find(b"NaN", 0, size) < 0 and body.find(b"Infinity", 0, size) < 0:
-            raise ProtocolError(f"the request is not valid JSON: {error}") from None
-    try:
-        return _load_non_finite(body[:size].decode())
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ProtocolError(f"the request is not valid JSON: {error}") from None
-
-
-def _load_non_finite(text: str) -> object:
-    """Parse what JSON lacks but some clients write: the literals NaN, Infinity and -Infinity.
-
-    Everything but the data of inputs must survive orjson, which also refuses the rest of what Python's parser lets
-    through: lone surrogates and integers beyond 64 bits.
-    """
-    request = json.loads(text, parse_float=_finite)
-    rest = request
-    if isinstance(request, dict) and isinstance(inputs := request.get("inputs"), list):
-        rest = {**request, "inputs": [{**entry, "data": 0} if isinstance(entry, dict) else entry for entry in inputs]}
-    if orjson.loads(orjson.dumps(rest)) != rest:
-        raise ValueError("NaN and Infinity are accepted in the data of inputs alone")
+        rest, arrays = cut_arrays(body, size, MAX_REST)
+        request = orjson.loads(rest)
+        inputs = request.get("inputs") if isinstance(request, dict) else None
+        for entry in inputs if isinstance(inputs, list) else ():
+            mark = entry.get("data") if isinstance(entry, dict) else None
+            if isinstance(mark, str) and (array := arrays.pop(mark, None)) is not None:
+                entry["data"] = array if len(array) > PIECE else array.whole()
+    except TooLongError:
+        text = f"the request's JSON has more than {MAX_REST} bytes beside arrays of numbers as the data of inputs"
+        raise ProtocolError(text, "too_large", status=413) from None
+    except ValueError as error:
+        raise _no_json(error) from None
+    if arrays:
+        raise ProtocolError("the request has members called data that are no input's, or twice the same one's")
     return request
 
 
-def _finite(literal: str) -> float:
-    """Convert a decimal, refusing one so large that Python would make it infinite."""
-    value = float(literal)
-    if math.isinf(value):
-        raise ValueError(f"the number {shown(literal)} is too large")
-    return value
+def _no_json(error: ValueError) -> ProtocolError:
+    return ProtocolError(f"the request is not valid JSON: {error}")
 
 
 def json_object(value: object, where: str) -> dict[str, Any]:

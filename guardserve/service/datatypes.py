@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from guardserve.service.array_text import ArrayText
+from guardserve.service.limits import Hold, unlimited
 from guardserve.signature import DATATYPES
 
 BINARY_ONLY = frozenset({torch.float16, torch.bfloat16})
@@ -84,27 +86,30 @@ def encode_binary(tensor: torch.Tensor) -> memoryview:
     return values.view(np.uint8).data
 
 
-def decode_json(data: object, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+def decode_json(data: object, dtype: torch.dtype, shape: Sequence[int], hold: Hold = unlimited) -> torch.Tensor:
     """Convert the data of a parsed JSON tensor, nested like ``shape`` or flat in row-major order.
 
     Every value must be one of the datatype: a float is no integer, a bool no number, and an integer must be in range.
     Only the floating datatypes round, to their nearest value, and only what was infinite becomes infinite.
 
     Args:
-        data: The parsed list.
+        data: The parsed list, or its text if that is long.
         dtype: Element type of the tensor.
         shape: Sizes of the tensor.
+        hold: Told of the tensor's bytes before it is made.
 
     Raises:
         ValueError: The datatype has no JSON form, or the data does not fit it or the shape.
     """
     if dtype in BINARY_ONLY:
         raise ValueError(f"{datatype_name(dtype)} has no JSON form: send it as binary data, with binary_data_size")
+    if isinstance(data, ArrayText):
+        return torch.from_numpy(_read(data, dtype, shape, hold).reshape(shape))
     if not isinstance(data, list):
         raise ValueError(f"data is {shown(data)}, not a list")  # noqa: TRY004 - one class for all that a client may send
     values = _flatten(data, shape)
-    if len(values) != math.prod(shape):
-        raise ValueError(f"data holds {len(values)} values, but shape {list(shape)} takes {math.prod(shape)}")
+    _check_count(len(values), shape)
+    hold(len(values) * dtype.itemsize)
     return torch.from_numpy(_to_array(values, dtype).reshape(shape))
 
 
@@ -133,6 +138,27 @@ def _flat(tensor: torch.Tensor) -> Array:
     return values
 
 
+def _read(text: ArrayText, dtype: torch.dtype, shape: Sequence[int], hold: Hold) -> Array:
+    """Read a long array without ever having all of its values as objects."""
+    count, found = math.prod(shape), 0
+    if 2 * count > len(text) or not count:  # a value and what is behind it take two bytes at least
+        raise ValueError(f"data of {len(text)} bytes does not hold the {count} values that shape {list(shape)} takes")
+    hold(count * dtype.itemsize)
+    array: Array = np.empty(count, np.bool_ if dtype is torch.bool else _STORAGE[dtype])
+    for values in text.lists(shape):
+        numbers = _to_array(values, dtype, found)
+        part = array[found : found + len(numbers)]
+        part[:] = numbers[: len(part)]
+        found += len(numbers)
+    _check_count(found, shape)
+    return array
+
+
+def _check_count(found: int, shape: Sequence[int]) -> None:
+    if found != math.prod(shape):
+        raise ValueError(f"data holds {found} values, but shape {list(shape)} takes {math.prod(shape)}")
+
+
 def _flatten(data: list[Any], shape: Sequence[int]) -> list[Any]:
     """Undo the nesting of ``data``, level by level so that its depth cannot exhaust the stack."""
     if len(shape) < 2 or not data or type(data[0]) is not list:  # noqa: PLR2004 - one level is flat already
@@ -146,28 +172,36 @@ def _flatten(data: list[Any], shape: Sequence[int]) -> list[Any]:
     return data
 
 
-def _to_array(values: list[Any], dtype: torch.dtype) -> Array:
+def _to_array(values: list[Any], dtype: torch.dtype, before: int = 0) -> Array:
     """Convert a flat list strictly.
 
     ``array.array`` is as fast as numpy and refuses what numpy would convert: strings, null, floats for integers,
     integers out of range. It takes a bool for a number, but a bool can only have become 0 or 1.
+
+    Args:
+        values: The list.
+        dtype: What its values are to be.
+        before: Values of the same tensor before them.
+
+    Raises:
+        ValueError: A value is none.
     """
     if dtype is torch.bool:
         if not set(map(type, values)) <= {bool}:
-            raise _misfit(values, dtype)
+            raise _misfit(values, dtype, before)
         return np.array(values, dtype=np.bool_)
     storage = np.dtype("f8") if dtype.is_floating_point else _STORAGE[dtype]
     try:
         numbers = np.frombuffer(array(storage.char, values), storage)
     except (TypeError, OverflowError):
-        raise _misfit(values, dtype) from None
+        raise _misfit(values, dtype, before) from None
     suspects = (numbers == 0) | (numbers == 1)
     if suspects.any() and bool in set(map(type, compress(values, suspects.tobytes()))):
-        raise _misfit(values, dtype)
-    return _narrow(numbers) if dtype is torch.float32 else numbers
+        raise _misfit(values, dtype, before)
+    return _narrow(numbers, before) if dtype is torch.float32 else numbers
 
 
-def _narrow(numbers: Array) -> Array:
+def _narrow(numbers: Array, before: int) -> Array:
     """Round float64 to float32, refusing what overflows."""
     with np.errstate(over="ignore", invalid="ignore"):  # infinities of both signs have no sum
         narrow = numbers.astype(np.float32)
@@ -176,11 +210,11 @@ def _narrow(numbers: Array) -> Array:
     overflowed = np.isinf(narrow) & np.isfinite(numbers)
     if overflowed.any():
         index = int(overflowed.argmax())
-        raise ValueError(f"the value at index {index} is {numbers[index]}, which overflows FP32")
+        raise ValueError(f"the value at index {before + index} is {numbers[index]}, which overflows FP32")
     return narrow
 
 
-def _misfit(values: list[Any], dtype: torch.dtype) -> ValueError:
+def _misfit(values: list[Any], dtype: torch.dtype, before: int) -> ValueError:
     """Describe the first value that is not one of the datatype."""
     index = next(index for index, value in enumerate(values) if not _fits(value, dtype))
     if dtype is torch.bool:
@@ -190,7 +224,8 @@ def _misfit(values: list[Any], dtype: torch.dtype) -> ValueError:
     else:
         limits = np.iinfo(_STORAGE[dtype])
         expected = f"an integer from {limits.min} to {limits.max}"
-    return ValueError(f"the value at index {index} is {shown(values[index])}, and {_NAMES[dtype]} takes {expected}")
+    where = f"the value at index {before + index}"
+    return ValueError(f"{where} is {shown(values[index])}, and {_NAMES[dtype]} takes {expected}")
 
 
 def _fits(value: object, dtype: torch.dtype) -> bool:

@@ -6,13 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
 from guardserve.identity import Identity, current, identified
 from guardserve.metrics import Metrics
-from guardserve.service.answer import CLIENT_CLOSED_REQUEST, INTERNAL, RETRY_AFTER, Answer, refusal
+from guardserve.service.answer import CLIENT_CLOSED_REQUEST, INTERNAL, Answer, refusal
+from guardserve.service.holding import Held, Holding, RefusedBodyError
 from guardserve.service.inference import Inference, Pending
 from guardserve.service.limits import Limits
 from guardserve.service.report import Reporter
@@ -21,14 +21,6 @@ _log = logging.getLogger(__name__)
 
 DISCONNECTED = refusal(CLIENT_CLOSED_REQUEST, "disconnected", "the request was not whole")
 CLOSE = ((b"connection", b"close"),)
-
-
-class RefusedBodyError(Exception):
-    """A body that is not read to its end; its argument is the answer."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.status)
-        self.answer = answer
 
 
 class Gateway:
@@ -48,7 +40,7 @@ class Gateway:
         self.inference = inference
         self._metrics = metrics
         self._limits = limits
-        self._held = 0
+        self._holding = Holding(limits)
         self._reporter = Reporter(metrics.model)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,11 +68,11 @@ class Gateway:
         started = time.perf_counter()
         metrics = self._metrics
         metrics.in_flight += 1
-        held = _Held(self)
+        held = Held(self._holding)
         identity = Identity(headers)
 
         def ended(answer: Answer) -> None:
-            held.release()
+            held.keep(0)
             metrics.in_flight -= 1
             self._ended(answer, time.perf_counter() - started, identity)
             send(answer.named(identity))
@@ -88,7 +80,7 @@ class Gateway:
         with identified(identity):
             try:
                 held.take(body)
-                return self.inference.begin(body, headers, ended)
+                return self.inference.begin(body, headers, ended, held)
             except RefusedBodyError as refused:
                 ended(refused.answer)
             except Exception:  # noqa: BLE001 - a fault of ours is an answer too, and counted
@@ -103,88 +95,40 @@ class Gateway:
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
         headers: Mapping[bytes, bytes] = dict(scope["headers"])
-        held = _Held(self)
+        held = Held(self._holding)
         try:
             length = headers.get(b"content-length", b"")
             if length.isdigit():
-                self.check(int(length[:18]))
+                self._holding.check(int(length[:18]))
             body = await self._whole(held, receive)
             if scope["path"] not in self.inference.paths:  # it names a version that was replaced meanwhile
                 return refusal(404, "not_found", f"{scope['path']} names a version that is served no more")
-            return await self.inference.answer(body, headers, receive)
+            answering = self.inference.answer(body, headers, receive, held)
+            del body  # it is let go of when it has been read
+            return await answering
         except RefusedBodyError as refused:
             return refused.answer
         finally:
-            held.release()
+            held.keep(0)
 
-    async def _whole(self, held: _Held, receive: Receive) -> bytes:
+    async def _whole(self, held: Held, receive: Receive) -> bytes:
         """Read a body."""
         try:
-            return await asyncio.wait_for(held.all(receive), self._limits.body_timeout)
+            return await asyncio.wait_for(_received(held, receive), self._limits.body_timeout)
         except (asyncio.TimeoutError, TimeoutError):
             text = f"the request's body took longer than {self._limits.body_timeout:g} s to arrive"
             raise RefusedBodyError(refusal(408, "slow_body", text, CLOSE)) from None
 
-    def hold(self, size: int) -> None:
-        """Hold so many bytes more of bodies.
 
-        Raises:
-            RefusedBodyError: If too many are held.
-        """
-        if self._held + size > self._limits.max_pending_size:
-            text = "the server holds as many requests as it can: try again later"
-            raise RefusedBodyError(refusal(503, "overloaded", text, RETRY_AFTER))
-        self._held += size
-
-    def release(self, size: int) -> None:
-        """Hold so many bytes less."""
-        self._held -= size
-
-    def check(self, size: int) -> None:
-        """Refuse a body of more bytes than allowed.
-
-        Raises:
-            RefusedBodyError: If it has.
-        """
-        if size > self._limits.max_body_size:
-            text = f"the request's body is larger than {self._limits.max_body_size} bytes: send fewer rows at once"
-            raise RefusedBodyError(refusal(413, "too_large", text))
-
-
-class _Held:
-    """The bytes of one body that are held."""
-
-    __slots__ = ("_gateway", "_size")
-
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._size = 0
-
-    def add(self, message: Any) -> bytes:
-        """Take one piece."""
+async def _received(held: Held, receive: Receive) -> bytes:
+    """Take every part of a body."""
+    parts = []
+    more = True
+    while more:
+        message = await receive()
         if message["type"] == "http.disconnect":
             raise RefusedBodyError(DISCONNECTED)
-        body: bytes = message["body"]
-        self.take(body)
-        return body
-
-    def take(self, body: bytes) -> None:
-        """Hold so many bytes."""
-        self._gateway.check(self._size + len(body))
-        self._gateway.hold(len(body))
-        self._size += len(body)
-
-    async def all(self, receive: Receive) -> bytes:
-        """Take every piece."""
-        chunks = []
-        more = True
-        while more:
-            message = await receive()
-            chunks.append(self.add(message))
-            more = message.get("more_body", False)
-        return b"".join(chunks)
-
-    def release(self) -> None:
-        """Let go of all."""
-        self._gateway.release(self._size)
-        self._size = 0
+        held.take(message["body"])
+        parts.append(message["body"])
+        more = message.get("more_body", False)
+    return b"".join(parts)

@@ -9,6 +9,7 @@ from guardserve.exceptions import MissingExtraError
 from guardserve.loading import ImagePreprocessing
 from guardserve.loading.preprocessing import TooLargeImageError, read_image
 from guardserve.service.body import ProtocolError
+from guardserve.service.limits import Hold, unlimited
 from guardserve.service.request import InferRequest
 from guardserve.signature import Signature
 
@@ -29,6 +30,8 @@ def read_image_request(
     signature: Signature,
     preprocessing: ImagePreprocessing | None,
     max_pixels: int,
+    *,
+    hold: Hold = unlimited,
 ) -> InferRequest:
     """Read a request for one sample, an image. The answer is JSON unless the client accepts binary outputs.
 
@@ -38,6 +41,7 @@ def read_image_request(
         signature: What the model takes.
         preprocessing: How images become its only input, if that is declared.
         max_pixels: Most pixels that are decoded.
+        hold: Told of the bytes that its pixels take, before they are decoded.
 
     Raises:
         ProtocolError: 415 if the model takes no images, or none of this kind; 413 if it has too many pixels.
@@ -50,7 +54,7 @@ def read_image_request(
         raise _unsupported(f"Content-Type {shown(content_type)} is not supported: send {' or '.join(FORMATS)}")
     (spec,) = signature.inputs
     try:
-        tensor = read_image(body, FORMATS[content_type], preprocessing, spec, max_pixels)
+        tensor = read_image(body, FORMATS[content_type], preprocessing, spec, max_pixels, hold=hold)
     except MissingExtraError as error:
         raise _unsupported(f"this server cannot read images: {error}") from error
     except TooLargeImageError as error:

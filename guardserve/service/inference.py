@@ -21,7 +21,8 @@ from guardserve.identity import MAX_LENGTH, identified
 from guardserve.metrics import Metrics
 from guardserve.runtime import Runtime
 from guardserve.service.answer import CLIENT_CLOSED_REQUEST, INTERNAL, RETRY_AFTER, Answer, failure, refusal
-from guardserve.service.body import json_member
+from guardserve.service.body import MAX_REST, json_member
+from guardserve.service.holding import Held
 from guardserve.service.images import is_image, read_image_request
 from guardserve.service.limits import Limits
 from guardserve.service.protocol import InferRequest, ProtocolError, decompress, render_response
@@ -190,22 +191,27 @@ class Inference:
         await asyncio.get_running_loop().run_in_executor(None, self.engine.close, timeout)
         self._coder.shutdown(wait=False)
 
-    async def answer(self, body: bytes, headers: Mapping[bytes, bytes], receive: Receive) -> Answer:
+    async def answer(self, body: bytes, headers: Mapping[bytes, bytes], receive: Receive, held: Held) -> Answer:
         """Answer one request.
 
         Args:
             body: Its body, all of it.
             headers: Its headers by their lower-case names.
             receive: ASGI's channel, on which a client that goes away is noticed.
+            held: What it holds, so far its body.
+
+        Raises:
+            RefusedBodyError: If there is no room for what is made of the body.
         """
         if self.runtime.failure is not None:
             return self._unready()
         ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         try:
             if is_small(body, headers):
-                request = self._read(body, headers)
+                request = self._read(body, headers, held)
             else:
-                request = await self._aside(functools.partial(self._read, body, headers))
+                request = await self._aside(functools.partial(self._read, body, headers, held))
+            del body
             job = self._submit(request, functools.partial(_end, ended), receive)
         except GuardserveError as error:
             return failure(error, self.runtime.name)
@@ -219,16 +225,22 @@ class Inference:
         write = functools.partial(self._write, job.result, request)
         return await self._aside(write) if _is_large(job.result) else write()
 
-    def begin(self, body: bytes, headers: Mapping[bytes, bytes], send: Callable[[Answer], object]) -> Pending | None:
+    def begin(
+        self, body: bytes, headers: Mapping[bytes, bytes], send: Callable[[Answer], object], held: Held
+    ) -> Pending | None:
         """Answer one small request without a task of its own.
 
         Args:
             body: Its body, all of it; see :func:`is_small`.
             headers: Its headers by their lower-case names.
-            send: Called with the answer, perhaps at once, and always.
+            send: Called with the answer, perhaps at once, and always, unless something is raised.
+            held: What it holds, so far its body.
 
         Returns:
             What waits for its forward; settle it as ``"gone"`` if the client goes away. None if that is over already.
+
+        Raises:
+            RefusedBodyError: If there is no room for what is made of the body.
         """
         if self.runtime.failure is not None:
             send(self._unready())
@@ -254,7 +266,7 @@ class Inference:
             send(answer or OUTCOMES["done"])
 
         try:
-            request = self._read(body, headers)
+            request = self._read(body, headers, held)
             job = self._submit(request, ended, None)
         except GuardserveError as error:
             send(failure(error, self.runtime.name))
@@ -281,19 +293,22 @@ class Inference:
         finally:
             self._coding -= 1
 
-    def _read(self, body: bytes, headers: Mapping[bytes, bytes]) -> InferRequest:
+    def _read(self, body: bytes, headers: Mapping[bytes, bytes], held: Held) -> InferRequest:
         encoding = headers.get(b"content-encoding")
-        if encoding is not None or len(body) > self._limits.max_body_size:
-            body = decompress(
-                body, None if encoding is None else encoding.decode("latin-1"), self._limits.max_body_size
-            )
+        received = len(body)
+        if encoding is not None or received > self._limits.max_body_size:
+            coding = None if encoding is None else encoding.decode("latin-1")
+            body = decompress(body, coding, self._limits.max_body_size, held.more)
         if is_image(headers):
-            runtime = self.runtime
-            return read_image_request(
-                body, headers, runtime.signature, runtime.preprocessing, self._limits.max_image_pixels
-            )
-        length = headers.get(b"inference-header-content-length")
-        return self._reader.read(body, None if length is None else length.decode("latin-1"))
+            runtime, most = self.runtime, self._limits.max_image_pixels
+            request = read_image_request(body, headers, runtime.signature, runtime.preprocessing, most, hold=held.more)
+        else:
+            length = headers.get(b"inference-header-content-length")
+            request = self._reader.read(body, None if length is None else length.decode("latin-1"), held.more)
+        # from here on there are its tensors, and an identifier and parameters, which are no longer than this
+        tensors = sum([tensor.nbytes for tensor in request.inputs.values()])
+        held.keep(max(tensors, received, min(len(body), MAX_REST)))
+        return request
 
     def _write(self, result: Result, request: InferRequest) -> Answer:
         found = "; ".join(map(str, result.nonfinite))

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from guardserve.loading.preprocessing import MAX_PIXELS
 
 MIB = 2**20
+
+Hold: TypeAlias = Callable[[int], None]
+"""Told of bytes before they are allocated for a request; it raises if there is no room for them."""
+
+
+def unlimited(size: int) -> None:
+    """Hold any number of bytes."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,8 @@ class Limits:
         max_queue_delay: Seconds that a request may wait for others to share its forward when the model is idle.
         max_body_size: Most bytes of a request body, after decompression.
         max_image_pixels: Most pixels of an image in a request.
-        max_pending_size: Most bytes of all request bodies that are held at once; more are refused with 503.
+        max_pending_size: Most bytes of all requests that are held at once, as they came, decompressed, and as tensors;
+            more are refused with 503.
         max_connections: Most connections; what more ask for, but health and metrics, is refused with 503.
         request_timeout: Seconds until a request that has no answer yet gets 504; None for none.
         body_timeout: Seconds that the body of a request may take to arrive.

@@ -16,8 +16,17 @@ from typing import Any
 import orjson
 import torch
 
-from guardserve.service.body import HEADER_LENGTH, ProtocolError, json_member, json_object, json_size, load_json
+from guardserve.service.body import (
+    HEADER_LENGTH,
+    MAX_PARAMETERS,
+    ProtocolError,
+    json_member,
+    json_object,
+    json_size,
+    load_json,
+)
 from guardserve.service.datatypes import datatype_name, decode_binary, decode_json
+from guardserve.service.limits import Hold, unlimited
 from guardserve.signature import Signature, TensorSpec
 
 MAX_KNOWN = 999
@@ -59,7 +68,12 @@ class InferRequest:
 
 
 def parse_request(
-    body: bytes, header_length: str | None, signature: Signature, *, max_batch_size: int | None
+    body: bytes,
+    header_length: str | None,
+    signature: Signature,
+    *,
+    max_batch_size: int | None,
+    hold: Hold = unlimited,
 ) -> InferRequest:
     """Read the body of an inference request.
 
@@ -69,21 +83,23 @@ def parse_request(
             the body is the tensor of the model's only input, of batch size 1, and asks for binary outputs.
         signature: What the model takes and gives. If it declares no outputs, any may be asked for.
         max_batch_size: The largest batch size accepted, or None for any.
+        hold: Told of the bytes of each tensor before it is made.
 
     Raises:
         ProtocolError: The request is malformed or does not fit the signature.
     """
     size = json_size(body, header_length)
     if size == 0 and header_length is not None:
+        hold(len(body))
         inputs = _raw_input(body, signature)
         return InferRequest(id=None, parameters={}, inputs=inputs, outputs=None, binary_output=True)
     request = json_object(load_json(body, size), "the request")
-    parameters = json_member(request, "parameters", dict, "the request") or {}
+    parameters = _plain(json_member(request, "parameters", dict, "the request") or {})
     outputs = _requested_outputs(request, signature)
     return InferRequest(
         id=json_member(request, "id", str, "the request"),
         parameters=parameters,
-        inputs=_inputs(request, _Tail(memoryview(body)[size:]), signature, max_batch_size),
+        inputs=_inputs(request, _Tail(memoryview(body)[size:]), signature, max_batch_size, hold),
         outputs=outputs,
         binary_output=json_member(parameters, "binary_data_output", bool, "the request's parameters") or False,
     )
@@ -105,15 +121,16 @@ class RequestReader:
         self._max_batch_size = max_batch_size
         self._layouts: dict[bytes, _Layout] = {}
 
-    def read(self, body: bytes, header_length: str | None) -> InferRequest:
+    def read(self, body: bytes, header_length: str | None, hold: Hold = unlimited) -> InferRequest:
         """Read a request's body, as :func:`parse_request` does."""
         if header_length is not None and header_length.isdecimal() and 0 < len(header_length) <= len(str(MAX_KNOWN)):
             head = body[: int(header_length)]
             layout = self._layouts.get(head)
             if layout is not None and layout.size == len(body):
+                hold(len(body) - len(head))
                 return layout.read(body)
         signature = self._signature()
-        request = parse_request(body, header_length, signature, max_batch_size=self._max_batch_size)
+        request = parse_request(body, header_length, signature, max_batch_size=self._max_batch_size, hold=hold)
         if header_length is not None and (size := int(header_length)) <= MAX_KNOWN:
             self._remember(body[:size], len(body), request)
         return request
@@ -177,7 +194,7 @@ class _Tail:
 
 
 def _inputs(
-    request: Mapping[str, Any], tail: _Tail, signature: Signature, max_batch_size: int | None
+    request: Mapping[str, Any], tail: _Tail, signature: Signature, max_batch_size: int | None, hold: Hold
 ) -> dict[str, torch.Tensor]:
     specs = {spec.name: spec for spec in signature.inputs}
     tensors: dict[str, torch.Tensor] = {}
@@ -190,7 +207,7 @@ def _inputs(
         if name in tensors:
             raise ProtocolError(f"input {name!r} is given twice", "invalid_input")
         try:
-            tensors[name] = _input(entry, specs[name], tail, max_batch_size)
+            tensors[name] = _input(entry, specs[name], tail, max_batch_size, hold)
         except ValueError as error:
             raise ProtocolError(f"input {name!r}: {error}", "invalid_input") from None
     if missing := [name for name in specs if name not in tensors]:
@@ -203,7 +220,9 @@ def _inputs(
     return {name: tensors[name] for name in specs}
 
 
-def _input(entry: Mapping[str, Any], spec: TensorSpec, tail: _Tail, max_batch_size: int | None) -> torch.Tensor:
+def _input(
+    entry: Mapping[str, Any], spec: TensorSpec, tail: _Tail, max_batch_size: int | None, hold: Hold
+) -> torch.Tensor:
     expected, datatype = datatype_name(spec.dtype), entry.get("datatype")
     if datatype != expected:
         hint = ": this server takes numbers, not strings" if datatype == "BYTES" else ""
@@ -213,12 +232,14 @@ def _input(entry: Mapping[str, Any], spec: TensorSpec, tail: _Tail, max_batch_si
     size = json_member(_parameters(entry, where), "binary_data_size", int, f"the parameters of {where}")
     if (size is None) == (entry.get("data") is None):
         raise ValueError("either data or the parameter binary_data_size is needed, and not both")
-    if size is None:
-        return decode_json(entry["data"], spec.dtype, shape)
     needed = math.prod(shape) * spec.dtype.itemsize
+    if size is None:
+        return decode_json(entry["data"], spec.dtype, shape, hold)
     if size != needed:
         raise ValueError(f"binary_data_size is {size}, but shape {list(shape)} of {expected} takes {needed} bytes")
-    return decode_binary(tail.take(size), spec.dtype, shape)
+    data = tail.take(size)
+    hold(size)
+    return decode_binary(data, spec.dtype, shape)
 
 
 def _shape(value: object, spec: TensorSpec, max_batch_size: int | None) -> tuple[int, ...]:
@@ -278,6 +299,18 @@ def unknown_output(name: object, known: Iterable[str]) -> ProtocolError:
     """Return the error for an output that the model does not give; ``known`` is what it gives, if that is known."""
     gives = f": the model gives {_quoted(known)}" if known else ""
     return ProtocolError(f"unknown output {shown(name)}{gives}", "unknown_output")
+
+
+def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Refuse parameters that would take much memory for as long as a request waits: the protocol has none of these."""
+    if len(parameters) > MAX_PARAMETERS:
+        raise ProtocolError(f"the request has {len(parameters)} parameters, more than the {MAX_PARAMETERS} allowed")
+    for key, value in parameters.items():
+        if isinstance(value, (dict, list)):
+            raise ProtocolError(
+                f"{shown(key)} of the request's parameters is {shown(value)}, not a string, number or boolean"
+            )
+    return parameters
 
 
 def _parameters(entry: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guardserve.service.body import HEADER_LENGTH, MAX_CONTAINERS, ProtocolError, decompress, json_size, load_json
+from guardserve.service.body import HEADER_LENGTH, MAX_REST, MAX_WHOLE, ProtocolError, decompress, json_size, load_json
 
 LIMIT = 1_000_000
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -216,18 +216,80 @@ def test_only_the_start_of_the_body_is_json() -> None:
         load_json(b"{]NaN", 2)
 
 
-@pytest.mark.parametrize("part", [b"[]", b"{}", b"[NaN]"])
-def test_more_lists_and_objects_than_anybody_needs_are_refused_before_they_take_memory(part: bytes) -> None:
-    """413, at a cost of less than the body; as many as may be are read."""
-    body = b"[" + b",".join([part] * MAX_CONTAINERS) + b"]"
+LONG = b"[" + b",".join([b"1"] * MAX_WHOLE) + b"]"
+"""Data of which no list is made."""
+
+
+@pytest.mark.parametrize("part", [b"[]", b"{}", b"[NaN]", b'"\\u0041"', b'"data":[', b'{"data":[]}'])
+@pytest.mark.parametrize("where", [b"[%b]", b'{"id":[%b]}', b'{"inputs":[{"data":["",%b]}]}'])
+def test_much_beside_the_data_of_inputs_is_refused_before_it_takes_memory(part: bytes, where: bytes) -> None:
+    """413, at a cost of little more than what is allowed, where lists and objects take thirty times their text."""
+    body = where % b",".join([part] * (2**23 // len(part)))
     tracemalloc.start()
     try:
-        with pytest.raises(ProtocolError, match="lists and objects") as caught:
+        with pytest.raises(ProtocolError, match="beside arrays of numbers") as caught:
             load_json(body, len(body))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert (caught.value.status, caught.value.reason) == (413, "too_large")
-    assert peak < len(body)
-    allowed = b"[" + b",".join([b"[]"] * (MAX_CONTAINERS - 1)) + b"]"
-    assert len(load_json(allowed, len(allowed))) == MAX_CONTAINERS - 1  # type: ignore[arg-type]
+    assert peak < 15 * MAX_REST < len(body)
+
+
+def test_as_much_beside_the_data_of_inputs_as_may_be_is_read() -> None:
+    """With data of any length."""
+    for size, fits in ((MAX_REST - 100, True), (MAX_REST, False)):
+        body = b'{"id":"%b","inputs":[{"data":%b}]}' % (b"x" * size, LONG)
+        if fits:
+            request = load_json(body, len(body))
+            assert isinstance(request, dict)
+            assert request["id"] == "x" * size
+            assert len(request["inputs"][0]["data"]) == len(LONG)
+        else:
+            with pytest.raises(ProtocolError, match="beside arrays of numbers"):
+                load_json(body, len(body))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"inputs":[{"data":%b,"data":[2]}]}',
+        b'{"inputs":[],"data":%b}',
+        b'{"inputs":[{"parameters":{"data":%b}}]}',
+        b'{"inputs":[{"x\\"data":%b}]}',
+        b'[{"data":%b}]',
+    ],
+)
+def test_long_data_that_is_no_inputs_is_refused(body: bytes) -> None:
+    """It would be dropped without having been read."""
+    body %= LONG
+    with pytest.raises(ProtocolError, match="members called data that are no input's"):
+        load_json(body, len(body))
+
+
+@pytest.mark.parametrize("after", [b"", b",", b'"', b',"a"', b"]", b"},", b",}]}", b"}}"])
+def test_long_data_that_is_not_followed_as_it_must_be_is_no_json(after: bytes) -> None:
+    """Wherever the text goes wrong behind it."""
+    body = b'{"inputs":[{"data":' + LONG + after
+    with pytest.raises(ProtocolError):
+        load_json(body, len(body))
+
+
+def test_what_is_made_of_a_compressed_body_is_held_as_it_comes() -> None:
+    """Before there is much more than there is room for."""
+    held: list[int] = []
+
+    def hold(size: int) -> None:
+        held.append(size)
+        if sum(held) > 2**20:
+            raise MemoryError
+
+    assert decompress(gzip.compress(bytes(2**20)), "gzip", 2**24, hold) == bytes(2**20)
+    assert sum(held) == 2**20
+    held.clear()
+    with pytest.raises(MemoryError):
+        decompress(gzip.compress(bytes(2**24)), "gzip", 2**24, hold)
+    assert sum(held) < 2**23
+    held.clear()
+    assert decompress(b"abc", None, 3, hold) == b"abc"
+    assert held == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
@@ -20,6 +21,7 @@ from serving import metric, serving, wait_until
 from torch import nn
 
 from guardserve.service import connection
+from guardserve.signature import TensorSpec
 
 INFER = "/v2/models/net/infer"
 
@@ -42,6 +44,22 @@ class Gate(nn.Module):
         time.sleep(self.seconds)
         y: torch.Tensor = self.bn(x)
         return y
+
+
+class Mean(nn.Module):
+    """The mean of however many features, through a BatchNorm layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise."""
+        y: torch.Tensor = self.bn(x.float().mean(1, keepdim=True))
+        return y
+
+
+SMALL = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1.0, 2.0, 3.0]}
 
 
 def body(first: float, **parameters: Any) -> dict[str, Any]:
@@ -170,7 +188,7 @@ def test_bodies_held_at_once_are_bounded_together() -> None:
     """Requests that wait count with their bodies; more get 503 until there is room."""
     model = Gate()
     size = len(json.dumps(body(1)))
-    with blocked(model, max_pending_size=3 * size) as (client, threads, first):
+    with blocked(model, max_pending_size=4 * size) as (client, threads, first):
         accepted = threads.submit(client.post, INFER, json=body(1), timeout=30)
         wait_until(lambda: waiting(client) == 1)
         large = {**body(2), "id": "x" * 2 * size}
@@ -292,3 +310,44 @@ def read_all(connection: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return received
+
+
+def test_what_is_made_of_a_body_counts_as_held() -> None:
+    """Decompressed, as tensors or as pixels it may be a thousand times what came; there is no answer but 503."""
+    numbers = b"[" + b",".join([b"1"] * 2**18) + b"]"
+    text = b'{"inputs":[{"name":"x","shape":[1,262144],"datatype":"FP64","data":%b}]}' % numbers
+    bodies = {"decompressed": (gzip.compress(text), {"Content-Encoding": "gzip"}), "as a tensor": (text, {})}
+    spec = TensorSpec("x", torch.float64, (-1, -1))
+    with serving(Mean(), spec, max_pending_size=2**20) as client:
+        for why, (sent, headers) in bodies.items():
+            assert len(sent) < 2**20
+            answer = client.post(INFER, content=sent, headers=headers)
+            assert (answer.status_code, "as many requests as it can" in answer.text) == (503, True), why
+        assert errors(client, "overloaded") == 2
+        assert client.post(INFER, json=body(1) | {"inputs": [{**SMALL, "datatype": "FP64"}]}).status_code == 200
+    with serving(Mean(), spec, max_pending_size=2**23) as client:
+        for sent, headers in bodies.values():
+            for _ in range(4):  # nothing stays held
+                assert client.post(INFER, content=sent, headers=headers).status_code == 200
+
+
+def test_others_are_answered_while_a_compressed_bomb_of_json_is_read() -> None:
+    """A few kilobytes that say millions of times NaN keep nobody waiting for as long as they take."""
+    text = b'{"inputs":[{"name":"x","shape":[1,4194304],"datatype":"FP32","data":[%b]}]}'
+    bomb = gzip.compress(text % b",".join([b"NaN"] * 2**22))
+    with (
+        serving(Mean(), TensorSpec("x", torch.float32, (-1, -1)), max_body_size=2**25) as client,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        began = time.monotonic()
+        reading = thread.submit(client.post, INFER, content=bomb, headers={"Content-Encoding": "gzip"}, timeout=60)
+        waits = []
+        with httpx.Client(base_url=client.base_url, trust_env=False) as other:
+            while not reading.done():
+                asked = time.monotonic()
+                assert other.get("/v2/health/live").status_code == 200
+                waits.append(time.monotonic() - asked)
+        assert reading.result().status_code == 400
+        assert "non-finite" in reading.result().text
+        assert len(waits) > 10
+        assert sum(waits) / len(waits) < (time.monotonic() - began) / 10
