@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import socket
 from collections import deque
 from collections.abc import Sequence
 from itertools import chain
@@ -40,6 +41,13 @@ WRITE_TIMEOUT = 60.0
 
 PATIENCE = 0.005
 """Seconds that a body may come after its headers to be answered the short way; many clients send them apart."""
+
+
+LOOK_INTERVAL = 0.05
+"""Seconds between two looks whether a client that sends no more is still there to take its answer."""
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""What tells: a client that waits passes it over, one that has gone has nobody who would take it."""
 
 
 MALFORMED = refusal(400, "malformed", "what came is not an HTTP request")
@@ -83,6 +91,7 @@ class Connection(HttpToolsProtocol):
         self.flow = _Flow(transport, self.pipeline)
         self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
         self._writing: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
         # what has come of the request that is being read, and how many bytes since there was last a body or its headers
         self._stage: Literal["nothing", "head", "headers", "body", "refused"] = "nothing"
         self._unread = 0
@@ -97,6 +106,8 @@ class Connection(HttpToolsProtocol):
         if self.transport is not None:
             self._stop_waiting()
             self._stop_writing()
+            if self._looking is not None:
+                self._looking.cancel()
             super().connection_lost(exc)
             self._go_on()
             if self._job is not None:
@@ -123,6 +134,15 @@ class Connection(HttpToolsProtocol):
                 self._late = self.loop.call_later(PATIENCE, self._go_on)
         if self._waiting is None and (self._stage == "head" or self.cycle.response_complete):
             self._waiting = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
+
+    def eof_received(self) -> bool:  # type: ignore[override] # asyncio's own may say so, uvicorn's does not
+        """Answer a client that sends no more, if what it has sent is whole; TLS has no such connection."""
+        cycle: Any = self.cycle
+        if self._stage != "nothing" or cycle is None or cycle.response_started or self.scheme == "https":
+            return False
+        cycle.keep_alive = False
+        self._looking = self.loop.call_later(LOOK_INTERVAL, self._look, cycle)
+        return True
 
     def pause_writing(self) -> None:
         """Write no more: the client does not take what there is."""
@@ -264,6 +284,21 @@ class Connection(HttpToolsProtocol):
         length = b"content-length: %d\r\n" % len(answer.body)
         head = (STATUS_LINE[answer.status], _lines(default_headers), *own, length, end)
         self.transport.write(b"".join((*head, answer.body)))
+
+    def _look(self, cycle: Any, *, asked: bool = False) -> None:
+        """End a connection that the other side has closed: as long as it is sent nothing, it looks like one that waits.
+
+        Args:
+            cycle: The last request.
+            asked: Whether it was sent something.
+        """
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+            return
+        if not asked and not self.pipeline and not cycle.response_started and cycle.scope["http_version"] == "1.1":
+            self.transport.write(CONTINUE)
+            asked = True
+        self._looking = self.loop.call_later(LOOK_INTERVAL, functools.partial(self._look, cycle, asked=asked))
 
     def _wait_for_client(self, unsent: int | None = None) -> None:
         """End the connection if nothing has been taken since there was so much to send."""

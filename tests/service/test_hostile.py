@@ -217,6 +217,44 @@ def test_a_body_in_parts_that_are_none_is_refused() -> None:
         wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 0)
 
 
+@pytest.mark.parametrize(
+    "body", [content(), content(77), json.dumps({**json.loads(content()), "id": "x" * 2**18}).encode()]
+)
+def test_a_client_that_sends_no_more_has_its_answer(body: bytes) -> None:
+    """As ``nc -N`` ends its side with its request: small, slow or large; then the connection ends."""
+    with serving(Waits()) as client, raw(client) as sock:
+        sock.sendall(request(body=body))
+        sock.shutdown(socket.SHUT_WR)
+        received = read_all(sock)
+        head = received.removeprefix(connection.CONTINUE).lower()
+        assert head.startswith(b"http/1.1 200")
+        assert b"\r\nconnection: close\r\n" in head
+        if body == content(77):
+            assert received.startswith(connection.CONTINUE), "whether it is still there"
+
+
+def test_pipelined_requests_are_all_answered_to_a_client_that_sends_no_more() -> None:
+    """And to one of the protocol of old, which knows no word before the answer."""
+    with serving(Waits()) as client, raw(client) as sock, raw(client) as old:
+        old.sendall(request(body=content(77)).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+        old.shutdown(socket.SHUT_WR)
+        sock.sendall(request(body=content(77)) + request() * 20 + LIVE + b"\r\n")
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock).count(b"HTTP/1.1 200") == 22
+        assert read_all(old).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("part", [POST, POST + b"Content-Length: 10\r\n\r\n", request()[:-1], LIVE, b""])
+def test_a_client_that_sends_no_more_in_the_middle_of_a_request_is_let_go(part: bytes) -> None:
+    """At once: what is missing cannot come."""
+    with serving(Waits()) as client, raw(client) as sock:
+        sock.sendall(part)
+        sock.shutdown(socket.SHUT_WR)
+        began = time.monotonic()
+        assert read_all(sock) == b""
+        assert time.monotonic() - began < 5
+
+
 def test_an_answer_is_let_go_of_though_its_request_had_time_left() -> None:
     """A request's own timeout holds nothing back once it is settled."""
     kept: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()

@@ -137,12 +137,13 @@ def test_a_timeout_that_is_none_is_refused(timeout: object) -> None:
         assert client.post(INFER, json=body(1, timeout=0)).status_code == 200
 
 
-def test_a_client_that_goes_away_takes_its_waiting_request_with_it() -> None:
+@pytest.mark.parametrize("size", [0, 2**18])
+def test_a_client_that_goes_away_takes_its_waiting_request_with_it(size: int) -> None:
     """The model never sees it, and it is counted as 499."""
     model = Gate()
     with blocked(model) as (client, _, _):
         with raw(client) as connection:
-            connection.sendall(http(body(5)))
+            connection.sendall(http({**body(5), "id": "x" * size}))
             wait_until(lambda: waiting(client) == 1)
         wait_until(lambda: waiting(client) == 0)
         wait_until(lambda: errors(client, "disconnected") == 1)
