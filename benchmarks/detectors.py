@@ -26,7 +26,8 @@ from guardserve.monitor import ReferenceProfile
 from guardserve.monitor.chart import Chart
 from guardserve.monitor.encoding import Whitening, shorten
 from guardserve.monitor.features import Array, FeatureReader, execution_order
-from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.record import Record
+from guardserve.monitor.taps import Taps
 
 CLEAN_BEFORE, LONGEST, WINDOW = 100, 300, 50
 SLOW = ("MMD", "ADWIN", "PageHinkley")

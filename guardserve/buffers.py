@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 
 import torch
 from torch import nn
@@ -18,10 +18,34 @@ CONTENT_INTERVAL = 1.0
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-Look = tuple[tuple[int, ...], tuple[int, ...]]
-"""The identity and the version of every buffer."""
-
 _version = attrgetter("_version")
+
+
+class _Look:
+    """The buffers as they were: themselves, as others may be where they were in memory, and their versions.
+
+    Attributes:
+        versions: The version of each, by its identity; 0 for one that has none.
+    """
+
+    def __init__(self, dicts: list[dict[str, torch.Tensor | None]], script: Iterable[torch.Tensor]) -> None:
+        self._dicts = dicts
+        self._items = [*chain.from_iterable(map(dict.values, dicts))]
+        tensors = [b for b in (*self._items, *script) if b is not None]
+        # a tensor made in inference mode has no counter
+        self._counting = [b for b in tensors if is_lazy(b) or not b.is_inference()]
+        self._counts = [*map(_version, self._counting)]
+        self.versions = dict.fromkeys(map(id, tensors), 0)
+        self.versions.update(zip(map(id, self._counting), self._counts, strict=True))
+
+    def is_current(self) -> bool:
+        """Tell whether nothing was replaced or written to."""
+        items = [*chain.from_iterable(map(dict.values, self._dicts))]
+        return (
+            len(items) == len(self._items)
+            and all(map(is_, items, self._items))
+            and [*map(_version, self._counting)] == self._counts
+        )
 
 
 class BufferWatch:
@@ -50,27 +74,24 @@ class BufferWatch:
         self._statistics: dict[int, torch.Tensor] = {}
         self._next_content = 0.0
         self._lazy = {id(b) for _, b in self._named() if is_lazy(b)}
-        self._seen: Look = ((), ())
+        self._seen = self._look()
         self.mark()
 
     def mark(self) -> None:
         """Take the buffers as they are now for unchanged, unless nothing but their contents could tell."""
-        look = self._look()
-        if look != self._seen:
-            self._seen, self._content = look, None
+        if not self._seen.is_current():
+            self._seen, self._content = self._look(), None
         if self._content is None and time.monotonic() >= self._next_content:
             self._keep(self._contents())
 
     def changed(self) -> list[str]:
         """Return the qualified names of the buffers that changed since the last look, and mark."""
-        before, self._seen = self._seen, self._look()
-        due = time.monotonic() >= self._next_content
-        if before == self._seen and not due:
+        if time.monotonic() < self._next_content and self._seen.is_current():
             return []
+        before, self._seen = self._seen, self._look()
         if self._became_real():
             return []
-        old = dict(zip(*before, strict=True))
-        new = dict(zip(*self._seen, strict=True))
+        old, new = before.versions, self._seen.versions
         changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
         contents = self._contents()
         if self._content is not None:
@@ -104,15 +125,8 @@ class BufferWatch:
                 buffer.copy_(self._statistics[id(buffer)])
         return bool(found)
 
-    def _look(self) -> Look:
-        """Return the identity and the version of every buffer."""
-        buffers = [b for b in chain.from_iterable(map(dict.values, self._dicts)) if b is not None]
-        buffers.extend(self._script.values())
-        try:
-            versions = tuple(map(_version, buffers))
-        except RuntimeError:  # a tensor made in inference mode has no counter
-            versions = tuple(0 if b.is_inference() else b._version for b in buffers)  # noqa: SLF001
-        return tuple(map(id, buffers)), versions
+    def _look(self) -> _Look:
+        return _Look(self._dicts, self._script.values())
 
     def _contents(self) -> dict[int, int]:
         """Sum the bit patterns of every buffer that has such; NaN equals itself this way."""

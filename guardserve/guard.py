@@ -107,6 +107,7 @@ class EvalGuard:
         self._next_trace = 0.0
         self._inference_mode = inference_mode
         self._counts: Counter[str] = Counter()
+        self._calls = 0
         self._lock = threading.Lock()
         hazards = list(eval_hazards(model))
         if hazards:
@@ -127,7 +128,7 @@ class EvalGuard:
         ``buffers_changed`` (buffers that a call or block changed); ``hazards`` (see ``on_hazard``).
         """
         with self._lock:
-            counts = dict.fromkeys(COUNTS, 0) | self._counts
+            counts = dict.fromkeys(COUNTS, 0) | self._counts | {"calls": self._calls}
             counts["training_during_forward"] += self._hold.interventions
         return counts
 
@@ -271,8 +272,9 @@ class EvalGuard:
         with self._lock:
             self._inside -= 1
             changed = self._watch.changed()
-            self._counts["calls"] += calls
-            self._counts["buffers_changed"] += len(changed)
+            self._calls += calls
+            if changed:
+                self._counts["buffers_changed"] += len(changed)
         return changed
 
     def _report_changed(self, changed: list[str]) -> None:

@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from guardserve.inlets import Handle, has_inlet, on_input
+
 # All are guarded by _LOCK. A module is in _switched while at least one hold needs it in eval mode and it was
 # training before the first of them came. _holds are those that somebody is in.
 _LOCK = threading.Lock()
@@ -38,7 +40,7 @@ class EvalHold:
 
     Flags are written to each module directly: a subclass may override ``train()``, and a program from
     ``torch.export`` raises in it. Layers whose output depends on the flag (BatchNorm, InstanceNorm, Dropout
-    and leaves of classes that are not torch's) also carry a forward hook, so that a ``.train()`` called *inside* a
+    and leaves of classes that are not torch's) are also looked at as they run, so that a ``.train()`` called *inside* a
     forward does not reach theirs.
 
     Attributes:
@@ -53,7 +55,7 @@ class EvalHold:
         self.interventions = 0
         self.generation = 0
         self._held: list[tuple[nn.Module, MutableMapping[str, Any]]] = []
-        self._hooks: dict[nn.Module, Any] = {}
+        self._hooks: dict[nn.Module, Handle] = {}
         self._survey()
 
     def acquire(self) -> list[nn.Module]:
@@ -69,7 +71,8 @@ class EvalHold:
             if self.depth == 0:
                 _holds.append(self)
             self.depth += 1
-        _let_go_of_abandoned()
+        if _abandoned:
+            _let_go_of_abandoned()
         return found
 
     def release(self) -> list[nn.Module]:
@@ -80,7 +83,8 @@ class EvalHold:
         """
         with _LOCK:
             flipped = self._release()
-        _let_go_of_abandoned()
+        if _abandoned:
+            _let_go_of_abandoned()
         return flipped
 
     def names(self, modules: Iterable[nn.Module]) -> list[str]:
@@ -164,20 +168,14 @@ class EvalHold:
         children = [c for c in (vars(m).get("_modules") for m in self._modules) if isinstance(c, dict)]
         self._containers = [c for c in children if c]
         self._leaves = [c for c in children if not c]
-        self._children = self._children_now()
+        self._children = tuple(chain.from_iterable(map(dict.values, self._containers)))
         for module in self._modules:
             if module not in self._hooks and _heeds_flag(module):
-                own = vars(module).get("_forward_pre_hooks")
-                if type(own) is OrderedDict and not own:  # else there are handles that know it
-                    vars(module)["_forward_pre_hooks"] = _Hooks()
-                self._hooks[module] = module.register_forward_pre_hook(_KeepEval(self))
+                self._hooks[module] = _look_after(module, _KeepEval(self))
 
     def _has_grown(self) -> bool:
         """Tell whether the tree of modules has changed since the last survey."""
-        return any(self._leaves) or self._children_now() != self._children
-
-    def _children_now(self) -> tuple[nn.Module | None, ...]:
-        return tuple(chain.from_iterable(map(dict.values, self._containers)))
+        return any(self._leaves) or tuple(chain.from_iterable(map(dict.values, self._containers))) != self._children
 
 
 def _let_go_of_abandoned() -> None:
@@ -199,8 +197,18 @@ def _heeds_flag(module: nn.Module) -> bool:
     return known or (foreign and next(module.children(), None) is None)
 
 
+def _look_after(module: nn.Module, keep: _KeepEval) -> Handle:
+    """Have a layer put back in eval mode before it does anything."""
+    if has_inlet(module):
+        return on_input(module, keep)
+    own = vars(module).get("_forward_pre_hooks")
+    if type(own) is OrderedDict and not own:  # else there are handles that know it
+        vars(module)["_forward_pre_hooks"] = _Hooks()
+    return module.register_forward_pre_hook(keep)
+
+
 class _KeepEval:
-    """Forward pre-hook that puts its layer back in eval mode while a hold is on.
+    """Puts its layer back in eval mode while a hold is on.
 
     A copy or a pickle of the model carries a hook without a hold, which does nothing.
     """

@@ -18,7 +18,7 @@ ROOT = Path(guardserve.__file__).parent
 LEVELS = (
     {"exceptions"},
     {"signature", "batchnorm", "stats", "nonfinite", "identity", "fingerprints"},
-    {"graphs"},
+    {"graphs", "inlets"},
     {"modes", "buffers", "decoration", "gradients", "outputs"},
     {"tracing"},
     {"fusion", "guard", "loading", "settings", "monitor", "logs", "traces", "client"},

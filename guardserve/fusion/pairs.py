@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from guardserve.batchnorm import BatchNorm, FusedBatchNorm, batchnorm_layers, has_running_stats, is_batchnorm
 from guardserve.fusion.dataflow import Dataflow, DataflowError, has_hooks
 from guardserve.fusion.norm_act import calls_children_after
+from guardserve.inlets import Inlet
 from guardserve.nonfinite import is_finite
 
 # how many dimensions the output has where its channels are on BatchNorm's axis, the batch included
@@ -145,8 +146,9 @@ def _kind(module: nn.Module, kinds: Iterable[type[nn.Module]], what: str) -> typ
 
 
 def _overrides(module: nn.Module, kind: type[nn.Module], method: str) -> bool:
-    own = getattr(type(module), method, None)
-    return method in vars(module) or own is not getattr(kind, method, None)
+    own = vars(module).get(method)
+    replaced = own is not None and not isinstance(own, Inlet)  # a guard leaves inlets in copies
+    return replaced or getattr(type(module), method, None) is not getattr(kind, method, None)
 
 
 def _fold(layer: Any, norm: FusedBatchNorm) -> tuple[torch.Tensor, torch.Tensor]:

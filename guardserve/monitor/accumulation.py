@@ -17,7 +17,7 @@ import torch
 from guardserve.batchnorm import ObservationPoint
 from guardserve.monitor.effect_size import LayerMoments
 from guardserve.monitor.reading import Rows
-from guardserve.monitor.taps import Record
+from guardserve.monitor.record import Record
 from guardserve.stats import Moments
 
 _AT_ONCE = 64

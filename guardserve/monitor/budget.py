@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.record import Record
+from guardserve.monitor.taps import Taps
 
 LEAST_VALUES, MOST_VALUES = 2**8, 2**20
 """Between these a budget moves how many values are read of each sample at each layer."""

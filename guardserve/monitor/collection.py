@@ -17,7 +17,8 @@ from guardserve.modes import EvalHold
 from guardserve.monitor.encoding import Sketch
 from guardserve.monitor.features import Array, FeatureReader, execution_order
 from guardserve.monitor.reading import VALUES
-from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.record import Record
+from guardserve.monitor.taps import Taps
 
 STANDARDISED_BY = 512
 """Samples that centre and scale of single features come from; the others are sketched as they come."""

@@ -13,7 +13,7 @@ import torch
 
 from guardserve.batchnorm import ObservationPoint
 from guardserve.monitor.reading import Reading, Rows
-from guardserve.monitor.taps import Record
+from guardserve.monitor.record import Record
 from guardserve.monitor.workspace import Layout
 
 Array = npt.NDArray[np.float32]

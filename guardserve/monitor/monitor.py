@@ -26,9 +26,10 @@ from guardserve.monitor.features import FeatureReader
 from guardserve.monitor.files import write_whole
 from guardserve.monitor.merging import Summarizer, Summary
 from guardserve.monitor.reading import VALUES
+from guardserve.monitor.record import Record
 from guardserve.monitor.reference import ReferenceProfile
 from guardserve.monitor.state_file import load_state, state_bytes
-from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.taps import Taps
 from guardserve.monitor.traffic import TrafficReference
 from guardserve.monitor.verdict import Snapshot, Verdict
 from guardserve.monitor.worker import Worker

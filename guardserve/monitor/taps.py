@@ -19,6 +19,7 @@ from torch import nn
 
 from guardserve.batchnorm import CHANNEL_AXIS, ObservationPoint, batchnorm_layers, observation_points
 from guardserve.graphs import SCRIPT_OPERATORS, GraphMarks, graph_norms
+from guardserve.inlets import Look, on_input
 from guardserve.monitor.compiled import (
     Inbox,
     Traced,
@@ -29,8 +30,9 @@ from guardserve.monitor.compiled import (
     read_in_graph,
     uncompiled,
 )
-from guardserve.monitor.reading import VALUES, Plan, Reading, Rows, read, side_by_side
-from guardserve.monitor.workspace import Layout, Place, Sheet, Sheets, Slot, Workspace, fits
+from guardserve.monitor.reading import VALUES, Plan, Reading, read
+from guardserve.monitor.record import Record
+from guardserve.monitor.workspace import Place, Sheets, Slot, Workspace, fits
 from guardserve.nonfinite import named_tensors
 from guardserve.tracing import is_tracing
 
@@ -39,168 +41,21 @@ TIMED = 16
 
 _KEPT_PLANS = 64
 
+_Key = tuple[torch.Size, int | None, bool]
+
 _tracing_state = torch._C._get_tracing_state  # noqa: SLF001 - torch.jit.is_tracing asks it
 
 _log = logging.getLogger(__name__)
 
 
-class Record:
-    """What one forward showed.
+class RootHook:
+    """A hook on the model itself, which runs as it is, though the model be compiled: its forward is a graph's root.
 
-    Attributes:
-        samples: Number of samples, as the model's own input has them; None when a part was called by itself.
-        turn: Number of the forward.
-        values: Values read of each sample at each layer, about; None is all.
-        readings: What layers showed, in the order in which they ran; empty if ``bundle`` has all of it.
-        bundle: How what all layers showed is laid out side by side, if it is.
-        ready: On an accelerator, the event after which the readings are there.
-        seconds: If the forward was timed, when it began; at its end, how long it took.
-        spent: If it was timed, the seconds of it that readings took.
-        sink: Where the p-values of its samples go, if somebody waits for them.
+    Only where the model is part of a larger graph, the hook is too. In a copy or a pickle of the model it does nothing.
     """
-
-    __slots__ = (
-        "_rows",
-        "bundle",
-        "filled",
-        "key",
-        "places",
-        "readings",
-        "ready",
-        "samples",
-        "seconds",
-        "sheet",
-        "sink",
-        "slots",
-        "spent",
-        "turn",
-        "values",
-    )
-
-    def __init__(self, samples: int | None, turn: int, values: int | None, slots: list[Slot | None]) -> None:
-        self.samples = samples
-        self.turn = turn
-        self.values = values
-        self.readings: list[Reading] = []
-        self.sheet: Sheet | None = None
-        self.slots = slots
-        self.filled: dict[int, None] = {}
-        self.key: tuple[torch.Size, int | None] | None = None
-        self.places: list[Place] = []
-        self.bundle: Layout | None = None
-        self.ready: torch.cuda.Event | None = None
-        self.seconds: float | None = None
-        self.spent = 0.0
-        self.sink: list[float] | None = None
-        self._rows: Rows | None = None
-
-    @property
-    def count(self) -> int:
-        """Number of samples that it counts for."""
-        return len(self.readings[0].total) if self.samples is None else self.samples
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The layers that ran, in order, as often as each did."""
-        return tuple([reading.index for reading in self.readings]) if self.bundle is None else self.bundle.order
-
-    @property
-    def route(self) -> tuple[int, ...]:
-        """Those layers in the order in which :meth:`rows` has them."""
-        return self.order if self.bundle is None else self.bundle.route
-
-    @property
-    def whole(self) -> bool:
-        """Whether each layer that ran did so once, with one row a sample."""
-        return self.bundle is not None or (
-            len(set(self.order)) == len(self.readings)
-            and all(len(reading.total) == self.samples for reading in self.readings)
-        )
-
-    @property
-    def urgent(self) -> bool:
-        """Whether somebody should sum it up soon, as it holds memory that others need."""
-        return self.sheet is not None and self.sheet.urgent
-
-    def rows(self) -> Rows:
-        """Return all readings as arrays, side by side; only if :attr:`whole`, and in one thread at a time."""
-        if self._rows is None:
-            if self.ready is not None:
-                self.ready.synchronize()
-            if self.sheet is None:
-                self._rows = side_by_side(self.readings)
-            else:
-                self._rows = self.sheet.rows()
-                if not self.sheet.workspace.flat:
-                    self._give_back()
-        return self._rows
-
-    def rows_of(self, readings: list[Reading]) -> Rows:
-        """Return some of its readings, with equally many samples, as arrays side by side."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        return side_by_side(readings)
-
-    def parts(self) -> list[tuple[int, Rows]]:
-        """Return what each layer showed each time that it ran, with its index."""
-        if self.bundle is None:
-            return [(reading.index, self.rows_of([reading])) for reading in self.readings]
-        return self.bundle.parts(self.rows())
-
-    def close(self) -> None:
-        """End a forward: what was written down is all that it showed, or makes readings like the others."""
-        sheet = self.sheet
-        if sheet is None:
-            self._compact()
-            return
-        if self.filled and not self.readings and len(self.filled) == len(sheet.workspace.order):
-            self.bundle = sheet.workspace
-            if not sheet.wait():
-                self._rows = sheet.rows().copy()
-                self._give_back()
-            return
-        if self.filled:  # it took another way
-            parts = [part for part in sheet.workspace.parts(sheet.rows().copy()) if part[0] in self.filled]
-            self.readings += [Reading.of(index, rows) for index, rows in parts]
-        self._give_back()
-
-    def _compact(self) -> None:
-        """Put readings side by side now: many small tensors that wait between large ones would scatter the memory."""
-        if len(self.readings) > 1 and self.whole and all(reading.total.is_cpu for reading in self.readings):
-            widths = tuple(reading.total.shape[1] for reading in self.readings)
-            self._rows, order = side_by_side(self.readings), self.order
-            self.bundle, self.readings = Layout(order, order, widths), []
-
-    def _give_back(self) -> None:
-        sheet, self.sheet = self.sheet, None
-        if sheet is not None:
-            sheet.give_back()
-
-    def __del__(self) -> None:
-        """Give memory back that nobody asked for what is in it."""
-        self._give_back()
-
-
-class Hook:
-    """A forward hook that a copy or a pickle of the model leaves behind: there it does nothing."""
 
     def __init__(self, function: Callable[..., None] | None = None) -> None:
         self._function = function
-
-    def __call__(self, *args: Any) -> None:
-        """Run the hook."""
-        if self._function is not None:
-            self._function(*args)
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return Hook, ()
-
-
-class RootHook(Hook):
-    """A hook on the model itself, which runs as it is, though the model be compiled: its forward is a graph's root.
-
-    Only where the model is part of a larger graph, the hook is too.
-    """
 
     @uncompiled
     def __call__(self, *args: Any) -> None:
@@ -208,8 +63,8 @@ class RootHook(Hook):
         if self._function is not None:
             self._function(*args)
 
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return Hook, ()
+    def __reduce__(self) -> tuple[type[RootHook], tuple[()]]:
+        return RootHook, ()
 
 
 class _Tap:
@@ -227,15 +82,8 @@ class _Tap:
         if x.requires_grad:
             x = x.detach()
         slot = record.slots[self.index]
-        if (
-            slot is not None
-            and x.shape == slot.shape
-            and x.stride() == slot.stride
-            and x.is_cpu
-            and self.index not in record.filled
-        ):
-            slot.take(x, record.turn)
-            record.filled[self.index] = None
+        if slot is not None and slot.take(x, record.turn):
+            record.taken += 1
             return
         key = (x.shape, x.stride(), x.device, record.samples, record.values)
         planned = self._plans.get(key)
@@ -282,7 +130,7 @@ class Taps:
         self._turns = itertools.count()
         self._no_slots: list[Slot | None] = []
         self._gave_up = False
-        self._workspaces: dict[tuple[torch.Size, int | None], Workspace | None] = {}
+        self._workspaces: dict[_Key, Workspace | None] = {}
         self._sheets = Sheets()
         self._taps: list[_Tap] = []
         self._handles: list[Any] = []
@@ -315,8 +163,7 @@ class Taps:
         for index, point in enumerate(self.points):
             tap = _Tap(index, point)
             self._taps.append(tap)
-            hook = Hook(self._reader(tap))
-            self._handles.append(point.layer.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(on_input(point.layer, self._reader(tap)))
         observed = {point.name for point in self.points}
         for name, _ in batchnorm_layers(model):
             if name not in observed:
@@ -337,35 +184,35 @@ class Taps:
             self._handles.append(model.register_forward_pre_hook(RootHook(self._begin), with_kwargs=True))
             self._handles.append(model.register_forward_hook(RootHook(self._end), always_call=True))
 
-    def _reader(self, tap: _Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _reader(self, tap: _Tap) -> Look:
         opened, clock, compiling = self._open, time.perf_counter, torch.compiler.is_dynamo_compiling
 
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def look(layer: nn.Module, x: torch.Tensor) -> None:
             del layer
             if compiling():
-                self._read_in_graph(tap, args, kwargs)
+                self._read_in_graph(tap, x)
                 return
             record = opened.record
             if record is None:
-                self._read_alone(tap, args, kwargs)
+                self._read_alone(tap, x)
             elif record is not _IGNORED:
                 began = clock() if record.seconds else 0.0
                 try:
-                    tap.read(args[0] if args else next(iter(kwargs.values())), record)
+                    tap.read(x, record)
                 except Exception as error:  # noqa: BLE001 - whatever it is, the answer is not to be lost with it
                     _excuse(tap, error)
                 if began:
                     record.spent += clock() - began
 
-        return hook
+        return look
 
-    def _read_alone(self, tap: _Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read_alone(self, tap: _Tap, x: torch.Tensor) -> None:
         """Read where a part of the model was called by itself."""
         if _looks_only():
             return
         record = Record(None, next(self._turns), self.values, self._no_slots)
         try:
-            tap.read(args[0] if args else next(iter(kwargs.values())), record)
+            tap.read(x, record)
             if record.readings:
                 self._finish(record)
         except Exception as error:  # noqa: BLE001 - see above
@@ -376,35 +223,37 @@ class Taps:
         if torch.compiler.is_dynamo_compiling():
             self._begin_in_graph(args, kwargs)
             return
+        opened = self._open
         if _looks_only():
-            self._open.record = _IGNORED
+            opened.record = _IGNORED
             return
         try:
-            self._open.record = self._opened(args, kwargs)
+            opened.record = self._opened(args, kwargs)
         except Exception as error:  # noqa: BLE001 - whatever it is, the answer is not to be lost with it
-            self._open.record = _IGNORED
+            opened.record = _IGNORED
             self._give_up(error)
-        self._open.traced.clear()
-        self._open.traced.open = True
+        opened.traced.clear()
+        opened.traced.open = True
 
     def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
         """Make the record of a forward."""
-        began = time.perf_counter()
+        began, turn = time.perf_counter(), next(self._turns)
         first = args[0] if args and type(args[0]) is torch.Tensor else None
         if first is None or not first.ndim:
             first = next((tensor for _, tensor in named_tensors((args, kwargs)) if tensor.ndim), None)
         if first is None:
-            record = Record(None, next(self._turns), self.values, self._no_slots)
+            record = Record(None, turn, self.values, self._no_slots)
         else:
-            record = Record(len(first), next(self._turns), self.values, self._no_slots)
-            key = first.shape, record.values
+            shape, values = first.shape, self.values
+            record = Record(shape[0], turn, values, self._no_slots)
+            key = shape, values, first.is_cpu
             workspace = self._workspaces.get(key)
             if workspace is not None:
-                record.sheet = self._sheets.take(workspace)
-                record.slots = record.sheet.slots
+                record.sheet = sheet = self._sheets.take(workspace)
+                record.slots = sheet.turn_to(turn)
             elif key not in self._workspaces:
                 record.key = key
-        if record.turn % TIMED == 0:
+        if turn % TIMED == 0:
             record.seconds = began
             record.spent = time.perf_counter() - began
         return record
@@ -415,11 +264,11 @@ class Taps:
         if torch.compiler.is_dynamo_compiling():
             self._end_in_graph()
             return
-        record = self._open.record
-        self._open.record = None
-        raised = output is None and sys.exc_info()[0] is not None
-        if record is None or record is _IGNORED or raised:
-            self._open.traced.clear()
+        opened = self._open
+        record = opened.record
+        opened.record = None
+        opened.traced.open = False
+        if record is None or record is _IGNORED or (output is None and sys.exc_info()[0] is not None):
             return
         try:
             self._close(record)
@@ -433,7 +282,6 @@ class Taps:
         if traced.readings:
             self._unpack(record, traced.readings)
             self._turn.add_(1)
-        traced.clear()
         if record.key is not None:
             self._lay_out(record, record.key)
         record.close()
@@ -448,7 +296,7 @@ class Taps:
             self._gave_up = True
             _log.warning("a forward cannot be monitored, and others may be left out too", exc_info=error)
 
-    def _lay_out(self, record: Record, key: tuple[torch.Size, int | None]) -> None:
+    def _lay_out(self, record: Record, key: _Key) -> None:
         """Make a workspace for forwards like this one, if they can have one."""
         workspace = None
         if len(record.places) > 1 and record.whole and fits(record.places):
@@ -465,12 +313,11 @@ class Taps:
             record.seconds = time.perf_counter() - record.seconds
         self._emit(record)
 
-    def _read_in_graph(self, tap: _Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read_in_graph(self, tap: _Tap, x: torch.Tensor) -> None:
         """Read in code that is being compiled."""
         traced, anchor = self._open.traced, tap.anchor
         if not traced.open or anchor is None:
             return
-        x = args[0] if args else next(iter(kwargs.values()))
         if x.ndim > CHANNEL_AXIS and x.shape[CHANNEL_AXIS] == anchor.shape[0]:
             total, squares, count = read_in_graph(x, anchor, self._turn, self.values)
             traced.readings.append((tap.index, count, total, squares))

@@ -11,8 +11,8 @@ import numpy as np
 from guardserve.batchnorm import ObservationPoint
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.monitor.collection import Collector
+from guardserve.monitor.record import Record
 from guardserve.monitor.reference import MIN_SAMPLES, WIDTH, ReferenceProfile, check_target
-from guardserve.monitor.taps import Record
 
 
 class TrafficReference:

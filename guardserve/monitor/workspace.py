@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from guardserve.monitor.reading import Plan, Rows
+from guardserve.monitor.reading import Cell, Plan, Rows
 
 MOST_VALUES = 2**22
 """Values that a buffer holds at most, 16 MB; where more would be read, an operation more or less is no matter."""
 
 MOST_WAITING = 2**20
-"""Values that may wait to be summed up, unless a single forward has more."""
+"""Values that may wait to be summed up; a forward that has more of them takes longer than that by far."""
 
 _LEAST_SIZE = 2**12
 
@@ -52,24 +52,34 @@ class Slot:
         stride: Their strides.
         plan: Their plan.
         out: The part, ``(*positions, N, C)``.
+        cells: What it takes next, unless that is all.
+        turn: The forward that it has last taken something of.
     """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     plan: Plan
     out: torch.Tensor
+    cells: tuple[Cell, ...] = ()
+    turn: int = -1
 
-    def take(self, x: torch.Tensor, turn: int) -> None:
-        """Copy a cell of each sample."""
-        if not self.plan.axes:
+    def take(self, x: torch.Tensor, turn: int) -> bool:
+        """Copy a cell of each sample, or tell that it does not take this."""
+        if x.shape != self.shape or self.turn == turn or x.stride() != self.stride:
+            return False
+        self.turn, cells = turn, self.cells
+        if not cells:
             self.out.copy_(x)
-            return
-        cells, start = self.plan.cells(turn), x.storage_offset()
-        if len(cells) == 1 and cells[0].rounds is None:
+        elif len(cells) == 1 and cells[0].rounds is None:
             cell = cells[0]
-            self.out.copy_(x.as_strided(cell.turned_size, cell.turned_stride, start + cell.offset))
-            return
-        for cell in cells:
+            self.out.copy_(x.as_strided(cell.turned_size, cell.turned_stride, x.storage_offset() + cell.offset))
+        else:
+            self._take_each(x)
+        return True
+
+    def _take_each(self, x: torch.Tensor) -> None:
+        start = x.storage_offset()
+        for cell in self.cells:
             out = self.out[..., cell.samples, :]
             if cell.rounds is not None:
                 out = out.view(*out.shape[:-2], cell.rounds, -1, out.shape[-1])
@@ -129,6 +139,7 @@ class Workspace(Layout):
 
     Attributes:
         values: Number of values that a forward reads.
+        size: Number of values of a buffer for it.
         flat: Whether each layer has one position.
     """
 
@@ -147,6 +158,7 @@ class Workspace(Layout):
             part = slice(self.values, self.values + math.prod(shape))
             self._groups.append(_Group(members, shape, part, slice(first, first + len(anchor)), anchor))
             self.values, first = part.stop, first + len(anchor)
+        self.size = max(_LEAST_SIZE, 1 << (self.values - 1).bit_length())
         self.flat = list(by_count) == [1]
         members = [place for group in self._groups for place in group.places]
         super().__init__(
@@ -220,6 +232,13 @@ class Sheet:
         self._buffer = buffer
         self._shelf = shelf
         self._waiting = False
+        self._turning = [slot for slot in self.slots if slot is not None and slot.plan.axes]
+
+    def turn_to(self, turn: int) -> list[Slot | None]:
+        """Return the slots, for a forward: all are told at once what to take, as between layers caches are cold."""
+        for slot in self._turning:
+            slot.cells = slot.plan.cells(turn)
+        return self.slots
 
     def wait(self) -> bool:
         """Let what was written wait to be summed up, unless too much is waiting."""
@@ -256,7 +275,7 @@ class Sheets:
 
     def take(self, workspace: Workspace) -> Sheet:
         """Return a sheet that no other forward has."""
-        size = max(_LEAST_SIZE, 1 << (workspace.values - 1).bit_length())
+        size = workspace.size
         shelf = self._shelves.get(size)
         if shelf is None:
             shelf = self._shelves.setdefault(size, _Shelf(size))
@@ -283,7 +302,7 @@ class _Shelf:
     """
 
     def __init__(self, size: int) -> None:
-        self.most = max(1, MOST_WAITING // size)
+        self.most = MOST_WAITING // size
         self.free: list[_Buffer] = []
         self.waiting: list[None] = []
 

@@ -13,7 +13,8 @@ from guardserve.demo.digits import Digits, load_digits
 from guardserve.demo.model import digits_cnn
 from guardserve.monitor import ReferenceProfile, ReferenceWarning
 from guardserve.monitor.features import Array, FeatureReader, execution_order
-from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.record import Record
+from guardserve.monitor.taps import Taps
 
 Sampler = Callable[..., torch.Tensor]
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from guardserve.monitor.features import FeatureReader, execution_order
 from guardserve.monitor.reading import VALUES
-from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.record import Record
+from guardserve.monitor.taps import Taps
 
 Features = tuple[np.ndarray, np.ndarray, np.ndarray]
 

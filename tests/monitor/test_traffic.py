@@ -10,7 +10,8 @@ from torch import nn
 
 from guardserve import Monitor, ReferenceProfileError
 from guardserve.demo.digits import SHIFTS
-from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.record import Record
+from guardserve.monitor.taps import Taps
 from guardserve.monitor.traffic import TrafficReference
 
 Sampler = Callable[..., torch.Tensor]

@@ -12,7 +12,8 @@ from torch import nn
 
 from guardserve import Monitor
 from guardserve.monitor import accumulation, workspace
-from guardserve.monitor.taps import Record, Taps
+from guardserve.monitor.record import Record
+from guardserve.monitor.taps import Taps
 from guardserve.monitor.worker import Worker
 
 

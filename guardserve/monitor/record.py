@@ -1,0 +1,151 @@
+"""What one forward showed."""
+
+from __future__ import annotations
+
+import torch
+
+from guardserve.monitor.reading import Reading, Rows, side_by_side
+from guardserve.monitor.workspace import Layout, Place, Sheet, Slot
+
+
+class Record:
+    """What one forward showed.
+
+    Attributes:
+        samples: Number of samples, as the model's own input has them; None when a part was called by itself.
+        turn: Number of the forward.
+        values: Values read of each sample at each layer, about; None is all.
+        readings: What layers showed, in the order in which they ran; empty if ``bundle`` has all of it.
+        bundle: How what all layers showed is laid out side by side, if it is.
+        ready: On an accelerator, the event after which the readings are there.
+        seconds: If the forward was timed, when it began; at its end, how long it took.
+        spent: If it was timed, the seconds of it that readings took.
+        sink: Where the p-values of its samples go, if somebody waits for them.
+        slots: Where layers write down what they show; None for one that makes a reading.
+        taken: How many did.
+        sheet: What has these slots.
+        key: What a workspace is to be kept by that this forward shows the need of.
+        places: Where it read, to lay that out.
+    """
+
+    __slots__ = (
+        "_rows",
+        "bundle",
+        "key",
+        "places",
+        "readings",
+        "ready",
+        "samples",
+        "seconds",
+        "sheet",
+        "sink",
+        "slots",
+        "spent",
+        "taken",
+        "turn",
+        "values",
+    )
+
+    def __init__(self, samples: int | None, turn: int, values: int | None, slots: list[Slot | None]) -> None:
+        self.samples = samples
+        self.turn = turn
+        self.values = values
+        self.readings: list[Reading] = []
+        self.sheet: Sheet | None = None
+        self.slots = slots
+        self.taken = 0
+        self.key: tuple[torch.Size, int | None, bool] | None = None
+        self.places: list[Place] = []
+        self.bundle: Layout | None = None
+        self.ready: torch.cuda.Event | None = None
+        self.seconds: float | None = None
+        self.spent = 0.0
+        self.sink: list[float] | None = None
+        self._rows: Rows | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of samples that it counts for."""
+        return len(self.readings[0].total) if self.samples is None else self.samples
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The layers that ran, in order, as often as each did."""
+        return tuple([reading.index for reading in self.readings]) if self.bundle is None else self.bundle.order
+
+    @property
+    def route(self) -> tuple[int, ...]:
+        """Those layers in the order in which :meth:`rows` has them."""
+        return self.order if self.bundle is None else self.bundle.route
+
+    @property
+    def whole(self) -> bool:
+        """Whether each layer that ran did so once, with one row a sample."""
+        return self.bundle is not None or (
+            len(set(self.order)) == len(self.readings)
+            and all(len(reading.total) == self.samples for reading in self.readings)
+        )
+
+    @property
+    def urgent(self) -> bool:
+        """Whether somebody should sum it up soon, as it holds memory that others need."""
+        return self.sheet is not None and self.sheet.urgent
+
+    def rows(self) -> Rows:
+        """Return all readings as arrays, side by side; only if :attr:`whole`, and in one thread at a time."""
+        if self._rows is None:
+            if self.ready is not None:
+                self.ready.synchronize()
+            if self.sheet is None:
+                self._rows = side_by_side(self.readings)
+            else:
+                self._rows = self.sheet.rows()
+                if not self.sheet.workspace.flat:
+                    self._give_back()
+        return self._rows
+
+    def rows_of(self, readings: list[Reading]) -> Rows:
+        """Return some of its readings, with equally many samples, as arrays side by side."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return side_by_side(readings)
+
+    def parts(self) -> list[tuple[int, Rows]]:
+        """Return what each layer showed each time that it ran, with its index."""
+        if self.bundle is None:
+            return [(reading.index, self.rows_of([reading])) for reading in self.readings]
+        return self.bundle.parts(self.rows())
+
+    def close(self) -> None:
+        """End a forward: what was written down is all that it showed, or makes readings like the others."""
+        sheet = self.sheet
+        if sheet is None:
+            self._compact()
+            return
+        if self.taken == len(sheet.workspace.order) and not self.readings:
+            self.bundle = sheet.workspace
+            if not sheet.wait():
+                self._rows = sheet.rows().copy()
+                self._give_back()
+            return
+        if self.taken:  # it took another way
+            taken = {i for i, slot in enumerate(self.slots) if slot is not None and slot.turn == self.turn}
+            parts = [part for part in sheet.workspace.parts(sheet.rows().copy()) if part[0] in taken]
+            self.readings += [Reading.of(index, rows) for index, rows in parts]
+        self._give_back()
+
+    def _compact(self) -> None:
+        """Put readings side by side now: many small tensors that wait between large ones would scatter the memory."""
+        if len(self.readings) > 1 and self.whole and all(reading.total.is_cpu for reading in self.readings):
+            widths = tuple(reading.total.shape[1] for reading in self.readings)
+            self._rows, order = side_by_side(self.readings), self.order
+            self.bundle, self.readings = Layout(order, order, widths), []
+
+    def _give_back(self) -> None:
+        sheet, self.sheet = self.sheet, None
+        if sheet is not None:
+            sheet.give_back()
+
+    def __del__(self) -> None:
+        """Give memory back that nobody asked for what is in it."""
+        self._give_back()
