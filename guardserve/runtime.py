@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +41,8 @@ WORST_CHANNELS = 16
 
 UNPROBED = "the model has not been probed yet"
 """Why a model is not ready before its start-up probe has ended."""
+
+_CPU = torch.device("cpu")
 
 _log = logging.getLogger(__name__)
 
@@ -252,14 +253,17 @@ class Runtime:
             TrainingModeError: If the forward moved running statistics; see :class:`guardserve.EvalGuard`.
         """
         rows = len(tensors[0])
-        scores: list[float] = []
-        with self.monitor.scoring() if score else nullcontext(scores) as scores:
+        p_values: list[float] | None = None
+        if score:
+            with self.monitor.scoring() as scores:
+                output = self.guard.run(*self._placed(tensors))
+            p_values = scores if len(scores) == rows else None  # a forward that did not pass each layer is not judged
+        else:
             output = self.guard.run(*self._placed(tensors))
         outputs = named_outputs(output, rows)
         finite = all(map(is_finite, outputs.values()))
-        p_values = scores if len(scores) == rows else None  # a forward that did not pass each layer is not judged
         # copies: the model may keep what it returned, and write to it in its next forward
-        return Forward({name: tensor.to("cpu", copy=True) for name, tensor in outputs.items()}, finite, p_values)
+        return Forward({name: tensor.to(_CPU, copy=True) for name, tensor in outputs.items()}, finite, p_values)
 
     def nonfinite_inputs(self, tensors: Sequence[torch.Tensor]) -> list[NonFinite]:
         """Find and count the inputs of one request that hold NaN or infinity."""
@@ -363,7 +367,7 @@ class Runtime:
             _log.error("the reference profile could not be saved to %s: %s", self._learned, error)
 
     def _placed(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [tensor.to(self.device) for tensor in tensors]
+        return [tensor if tensor.device == self.device else tensor.to(self.device) for tensor in tensors]
 
     def _count_nonfinite(self, origin: str, name: str, rows: int) -> None:
         with self._counting:

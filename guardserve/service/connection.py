@@ -6,9 +6,9 @@ import asyncio
 import functools
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -42,13 +42,14 @@ WRITE_TIMEOUT = 60.0
 PATIENCE = 0.005
 """Seconds that a body may come after its headers to be answered the short way; many clients send them apart."""
 
-
 LOOK_INTERVAL = 0.05
 """Seconds between two looks whether a client that sends no more is still there to take its answer."""
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 """What tells: a client that waits passes it over, one that has gone has nobody who would take it."""
 
+MAX_KNOWN = 2048
+"""Bytes of a request's path and headers up to which a connection remembers them."""
 
 MALFORMED = refusal(400, "malformed", "what came is not an HTTP request")
 LARGE_HEAD = refusal(431, "too_large", f"the request's path and headers are larger than {MAX_HEAD} bytes")
@@ -71,12 +72,30 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
+class _Known(NamedTuple):
+    """The last request of a connection that came at once and was plain.
+
+    Attributes:
+        head: Its path and headers, to the end of the empty line.
+        size: Bytes of all of it.
+        cycle: uvicorn's record of it, for the next one.
+        headers: Its headers by their lower-case names.
+    """
+
+    head: bytes
+    size: int
+    cycle: Any
+    headers: Mapping[bytes, bytes]
+
+
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, with an end to one that never sends a request or all its headers, or takes no answer.
 
     An inference request that comes at once is answered past ASGI, whose tasks and messages cost more than a small
     model; its answer is written at once too. Whatever is not plain goes the long way: large and late bodies, pipelined
     requests, clients that read slowly, refusals, middleware around the application.
+
+    Most clients send the same headers with every request: those that are the same to the byte are not parsed again.
     """
 
     # a limit that belongs to the server: it makes a class of its own, see connection_class
@@ -100,6 +119,8 @@ class Connection(HttpToolsProtocol):
         self._plain: tuple[Any, Gateway] | None = None
         self._late: asyncio.TimerHandle | None = None
         self._job: Pending | None = None
+        self._known: _Known | None = None
+        self._begun: tuple[Any, Mapping[bytes, bytes], bytes] | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
@@ -118,15 +139,23 @@ class Connection(HttpToolsProtocol):
         if self._stage == "refused":
             return
         self._unset_keepalive_if_required()
+        rested = self._stage == "nothing" and not self._unread
+        if rested and self._is_known(data):
+            return
         self._unread += len(data)
         try:
-            while data:
-                data = self._parse(data)
+            rest = self._parse(data)
+            whole = rested and not rest
+            while rest:
+                rest = self._parse(rest)
             self._check_size(self._unread)
         except (httptools.HttpParserError, _LargeHeadError) as error:
             is_large = isinstance(error, _LargeHeadError) or isinstance(error.__context__, _LargeHeadError)
             self._refuse(LARGE_HEAD if is_large else MALFORMED)
             return
+        begun, self._begun = self._begun, None
+        if begun is not None and whole:
+            self._know(data, *begun)
         if self._plain is not None:
             if self.flow.read_paused:  # it is a large one
                 self._go_on()
@@ -188,7 +217,9 @@ class Connection(HttpToolsProtocol):
             headers = dict(cycle.scope["headers"])
             if is_small(cycle.body, headers) and cycle.scope["path"] in gateway.inference.paths:
                 self._forget_plain()
-                self._answer(cycle, gateway, headers)
+                body, cycle.body = bytes(cycle.body), bytearray()
+                self._begun = cycle, headers, body
+                self._answer(cycle, gateway, headers, body)
             else:
                 self._go_on()
 
@@ -241,11 +272,10 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """Begin with a request whose headers are there."""
-        if self._heading and isinstance(app, Service) and not (cycle.waiting_for_100_continue or self.access_log):
-            gateway = None if self.flow.write_paused else app.shortcut(cycle.scope)
-            if gateway is not None:
-                self._plain = cycle, gateway
-                return
+        gateway = self._shortcut(app, cycle) if self._heading else None
+        if gateway is not None:
+            self._plain = cycle, gateway
+            return
         super()._start_asgi_task(cycle, app)
 
     def _go_on(self) -> None:
@@ -261,9 +291,37 @@ class Connection(HttpToolsProtocol):
             self._late.cancel()
             self._late = None
 
-    def _answer(self, cycle: Any, gateway: Gateway, headers: dict[bytes, bytes]) -> None:
+    def _know(self, data: bytes, cycle: Any, headers: Mapping[bytes, bytes], body: bytes) -> None:
+        """Remember the headers of a request, if it was all that came."""
+        head = data[: len(data) - len(body)]
+        alone = head.find(b"\r\n\r\n") == len(head) - 4 and data.endswith(body)
+        if alone and body and len(head) <= MAX_KNOWN and cycle.keep_alive:
+            self._known = _Known(head, len(data), cycle, headers)
+
+    def _is_known(self, data: bytes) -> bool:
+        """Answer a request whose headers are those of the last one, unless another is being answered."""
+        known = self._known
+        if known is None or len(data) != known.size or not data.startswith(known.head):
+            return False
+        gateway = self._shortcut(self.app, known.cycle) if self.cycle.response_complete else None
+        if gateway is None:
+            return False
+        if self._waiting is not None:
+            self._stop_waiting()
+        cycle = self.cycle = known.cycle
+        cycle.response_started = cycle.response_complete = False
+        cycle.default_headers = self.server_state.default_headers
+        self._answer(cycle, gateway, known.headers, data[len(known.head) :])
+        return True
+
+    def _shortcut(self, app: Any, cycle: Any) -> Gateway | None:
+        """Return what may answer a request past ASGI, if it may be."""
+        if not isinstance(app, Service) or cycle.waiting_for_100_continue or self.access_log or self.flow.write_paused:
+            return None
+        return app.shortcut(cycle.scope)
+
+    def _answer(self, cycle: Any, gateway: Gateway, headers: Mapping[bytes, bytes], body: bytes) -> None:
         cycle.on_response = None  # it would keep the connection alive, and is uvicorn's to clear
-        body, cycle.body = bytes(cycle.body), bytearray()
         job = gateway.begin(body, headers, functools.partial(self._send, cycle))
         self._job = None if cycle.response_complete else job
 

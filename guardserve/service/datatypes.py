@@ -58,7 +58,7 @@ def datatype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def decode_binary(data: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+def decode_binary(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """Copy little-endian, row-major bytes at any alignment into a new tensor.
 
     Args:
@@ -69,6 +69,8 @@ def decode_binary(data: memoryview, dtype: torch.dtype, shape: Sequence[int]) ->
     Raises:
         ValueError: A byte of a BOOL is neither 0 nor 1.
     """
+    if sys.byteorder == "little" and data and dtype is not torch.bool:
+        return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
     storage = _STORAGE[dtype]
     values = np.frombuffer(data, storage.newbyteorder("<")).astype(storage)
     if dtype is torch.bool and (bad := values > 1).any():

@@ -25,8 +25,9 @@ from guardserve.service.body import MAX_REST, json_member
 from guardserve.service.holding import Held
 from guardserve.service.images import is_image, read_image_request
 from guardserve.service.limits import Limits
-from guardserve.service.protocol import InferRequest, ProtocolError, decompress, render_response
+from guardserve.service.protocol import InferRequest, ProtocolError, decompress
 from guardserve.service.request import RequestReader
+from guardserve.service.response import ResponseWriter
 from guardserve.service.shift import P_VALUES, ShiftPolicy
 
 Receive: TypeAlias = Callable[[], Awaitable[Any]]
@@ -138,7 +139,6 @@ class Inference:
         self._on_nonfinite = on_nonfinite
         self._metrics = metrics
         self._limits = limits
-        self._model_version = model_version
         self.runtime = runtime
         self.versions = (model_version, f"{model_version}-{runtime.fingerprint}")
         model = f"/v2/models/{runtime.name}"
@@ -156,6 +156,7 @@ class Inference:
             forward_ended=metrics.forward_ended,
         )
         self._reader = RequestReader(lambda: runtime.signature, self._max_batch_size)
+        self._writer = ResponseWriter(runtime.name, model_version)
         self._coder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardserve-coder")
         self._pending: dict[Pending, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -319,20 +320,13 @@ class Inference:
         parameters = {**parameters, **self._shift.parameters(result.p_values, asked=asked)}
         strings = json_member(request.parameters, NONFINITE_STRINGS, bool, "the request's parameters") or False
         try:
-            body, headers = render_response(
-                result.outputs,
-                request,
-                model_name=self.runtime.name,
-                model_version=self._model_version,
-                parameters=parameters,
-                nonfinite_strings=strings,
-            )
+            body, headers = self._writer.write(result.outputs, request, parameters, nonfinite_strings=strings)
         except ProtocolError as error:
             return failure(error, self.runtime.name)
         except ValueError:  # the model gave what JSON lacks, and the client has not said how to write it
             hint = f"ask for it in binary, or for strings with the parameter {NONFINITE_STRINGS}"
             return refusal(500, "nonfinite_output", f"the model gave a non-finite output: {found}; {hint}")
-        return Answer(200, body, [(name.encode(), value.encode()) for name, value in headers.items()])
+        return Answer(200, body, headers)
 
     def _submit(self, request: InferRequest, ended: Callable[[Outcome], object], receive: Receive | None) -> Pending:
         loop = asyncio.get_running_loop()

@@ -148,6 +148,57 @@ def test_what_is_not_plain_takes_the_long_way(short: mock.Mock) -> None:
         assert short.call_count == 1
 
 
+def test_headers_that_are_those_of_the_last_request_are_not_parsed_again(short: mock.Mock) -> None:
+    """Each body, id and answer is its own all the same, also with others between them, behind them or in parts."""
+    parsing = mock.patch.object(
+        Connection, "on_headers_complete", autospec=True, side_effect=Connection.on_headers_complete
+    )
+    with parsing as parsed, serving(Echo()) as client, connected(client) as wire:
+        ids, before = [], parsed.call_count
+        for number in (1.0, 2.0, 3.0):
+            wire.socket.sendall(request(number))
+            status, headers, body = wire.answer()
+            assert (status, json.loads(body)["outputs"][0]["data"]) == (200, [number, 1.0, 2.0])
+            ids.append(headers["x-request-id"])
+        assert len(set(ids)) == 3
+        assert parsed.call_count == before + 1
+        wire.socket.sendall(request(4.0, "X-Request-Id: mine"))
+        assert wire.answer()[1]["x-request-id"] == "mine"
+        wire.socket.sendall(request(5.0))
+        assert wire.first() == 5.0
+        wire.socket.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert wire.answer()[0] == 200
+        wire.socket.sendall(request(6.0) + request(7.0) + request(8.0))
+        assert [wire.first() for _ in range(3)] == [6.0, 7.0, 8.0]
+        whole, before = request(9.0), parsed.call_count
+        wire.socket.sendall(whole[:-30])
+        wait_until(lambda: parsed.call_count > before)
+        wire.socket.sendall(whole[-30:])
+        assert wire.first() == 9.0
+        wire.socket.sendall(request(1.5).replace(b'"FP32"', b'"FP3\r"'))
+        assert wire.answer()[0] == 400
+        wire.socket.sendall(request(2.5))
+        assert wire.first() == 2.5
+        assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == 10
+    assert short.call_count >= 8
+
+
+def test_a_known_request_that_is_not_plain_any_more_takes_the_long_way() -> None:
+    """As one does while the server stops, when each answer ends its connection."""
+    app = create_app(Runtime(loaded(Echo())))
+    with serve_in_background(app) as address, httpx.Client(base_url=address, trust_env=False) as client:
+        wait_until(lambda: client.get("/v2/health/ready").status_code == 200)
+        with connected(client) as wire:
+            for number in (1.0, 2.0):
+                wire.socket.sendall(request(number))
+                assert wire.first() == number
+            app.life.close()
+            wire.socket.sendall(request(3.0))
+            status, headers, _ = wire.answer()
+            assert (status, headers["connection"]) == (200, "close")
+            assert wire.file.read() == b""
+
+
 def test_pipelined_requests_are_answered_in_their_order() -> None:
     """The second while the first is worked on, and many at once."""
     model = Echo()
