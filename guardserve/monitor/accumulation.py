@@ -128,15 +128,15 @@ def _finite_sums(rows: Sequence[Rows], samples: int) -> _Sums | None:
     for start in range(0, columns, width):
         here = slice(start, start + width)
         mean = np.concatenate([part.mean[:, here] for part in rows])
-        about = (_total(mean) / samples).astype(mean.dtype)
+        # deviations from the first sample, so that their own type is exact enough; their mean is what it was off by
+        first = mean[0].copy()
+        mean -= first
+        rest = _total(mean) / samples
         if spread:
             sums.within[here] = _total(np.concatenate([_spread(part)[:, here] for part in rows]))
-        if not np.isfinite(about + sums.within[here]).all():
+        if not np.isfinite(rest + sums.within[here]).all():
             return None
-        # deviations from about the mean, so that their own type is exact enough; their mean is what it was off by
-        mean -= about
-        rest = _total(mean) / samples
-        sums.average[here] = about + rest
+        sums.average[here] = first + rest
         sums.squares[here] = np.maximum(np.einsum("nc,nc->c", mean, mean) - samples * np.square(rest), 0.0)
     return sums
 

@@ -39,11 +39,17 @@ _log = logging.getLogger(__name__)
 SUBWINDOWS = 8
 """A window is this many merged sub-windows; it forgets one at a time, and nothing is ever subtracted."""
 
-PENDING_SAMPLES = 32
-"""Samples that may wait, about, before the monitor's thread is woken to accumulate them."""
+PENDING = 64
+"""Forwards that may wait, about, before the monitor's thread is woken to accumulate them."""
 
-MOST_PENDING = 128
-"""Samples that may wait, about, before the forward that brings more does the work: nothing is dropped."""
+PENDING_VALUES = 2**19
+"""Numbers that they may come to, in all channels of all samples."""
+
+MOST_PENDING = 2 * PENDING
+"""Forwards that may wait, about, before the one that brings more does the work: nothing is dropped."""
+
+_FEW = 4
+"""So many may wait, however much they come to."""
 
 
 class Monitor:
@@ -438,21 +444,27 @@ class Monitor:
         """Receive a record from the taps, in any thread."""
         record.sink = self._waiting.scores
         self._pending.append(record)
-        samples = len(self._pending) * record.count
         if record.sink is not None:
             due = len(record.sink) + record.count
             self._work()
             record.sink += [math.nan] * (due - len(record.sink))  # whatever went wrong
-        elif samples >= MOST_PENDING and len(self._pending) > MOST_PENDING // PENDING_SAMPLES:
+            return
+        load = self._load(record)
+        if load > MOST_PENDING / PENDING and len(self._pending) > _FEW:
             self._work()
-        elif samples >= PENDING_SAMPLES or record.urgent:
+        elif load >= 1 or record.urgent:
             self._worker.wake()
+
+    def _load(self, record: Record) -> float:
+        """Return how much is pending, if all of it is like one record: from 1 on it is worth the work."""
+        forwards = len(self._pending)
+        return max(forwards / PENDING, forwards * record.size / PENDING_VALUES)
 
     def _tend(self) -> None:
         """Judge what is pending if that is enough, else only sum it up: it holds memory."""
         with self._lock:
             pending = self._pending.copy()
-            if sum(record.count for record in pending) < PENDING_SAMPLES:
+            if pending and self._load(pending[-1]) < 1:
                 for record in pending:
                     if record.urgent:
                         record.rows()

@@ -198,6 +198,7 @@ class Plan:
             if target < self.positions
             else tuple(Axis.blocks(size, 1) for size in sizes)
         )
+        self._axes = [(max(1, len(axis.part_of)), len(axis.parts), axis.part_of) for axis in self.parts]
         step = round(self.positions * _GOLDEN)
         while math.gcd(step, max(1, self.positions)) > 1:
             step += 1
@@ -212,9 +213,9 @@ class Plan:
         """Return what is read in a forward, all samples in order: cells from that of some position on."""
         place = turn * self.step % self.positions if self.positions else 0
         index = 0
-        for axis in self.parts:
-            place, i = divmod(place, len(axis.part_of) or 1)
-            index = index * len(axis.parts) + axis.part_of[i]
+        for size, count, part_of in self._axes:
+            place, i = divmod(place, size)
+            index = index * count + part_of[i]
         cells = self._cells.get(index)
         if cells is None:
             if len(self._cells) >= _KEPT_CELLS:

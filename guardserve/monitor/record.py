@@ -7,6 +7,9 @@ import torch
 from guardserve.monitor.reading import Reading, Rows, side_by_side
 from guardserve.monitor.workspace import Layout, Place, Sheet, Slot
 
+_CHANNELS = 2**13
+"""What a model is taken to have, where nobody has counted."""
+
 
 class Record:
     """What one forward showed.
@@ -67,6 +70,11 @@ class Record:
     def count(self) -> int:
         """Number of samples that it counts for."""
         return len(self.readings[0].total) if self.samples is None else self.samples
+
+    @property
+    def size(self) -> int:
+        """Number of values that it comes to, about: one for each sample and channel."""
+        return self.count * (_CHANNELS if self.bundle is None else self.bundle.channels)
 
     @property
     def order(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -12,6 +13,10 @@ _log = logging.getLogger(__name__)
 
 PATIENCE = 5.0
 """Seconds to wait for the thread to end: it may be in the midst of something."""
+
+
+GRACE = 0.001
+"""Seconds that the thread leaves to whoever woke it, who has an answer to give, before both take turns at Python."""
 
 
 class Worker:
@@ -60,6 +65,7 @@ class Worker:
     def _run(self) -> None:
         while True:
             self._calls.get()
+            time.sleep(GRACE)
             self._wanted = False
             work = self._work()
             if self._stopped or work is None:

@@ -112,12 +112,16 @@ class Layout:
         order: The layers, in the order in which they run.
         route: The layers, in the order in which they are side by side.
         widths: Channels of each of these.
+
+    Attributes:
+        channels: Channels of all.
     """
 
     def __init__(self, order: tuple[int, ...], route: tuple[int, ...], widths: tuple[int, ...]) -> None:
         self.order = order
         self.route = route
         self.widths = widths
+        self.channels = sum(widths)
 
     def parts(self, rows: Rows) -> list[tuple[int, Rows]]:
         """Divide rows up into those of each layer."""
@@ -190,19 +194,22 @@ class Workspace(Layout):
             with np.errstate(invalid="ignore", over="ignore"):
                 values -= group.anchor
             return Rows(values, None)
-        mean = np.empty((self._samples, sum(self.widths)), np.float32)
+        mean = np.empty((self._samples, self.channels), np.float32)
         variance = np.zeros_like(mean)
         with np.errstate(invalid="ignore", over="ignore"):
             for group in self._groups:
                 values, columns = buffer[group.part].reshape(group.shape), group.columns
-                values -= group.anchor
-                if len(values) == 1:
-                    mean[:, columns] = values[0]
+                first, rest, share = values[0], values[1:], np.float32(1 / len(values))
+                mean[:, columns] = first - group.anchor
+                if not len(rest):
                     continue
-                share = np.float32(1 / len(values))
-                average = np.multiply(_total(values), share, out=mean[:, columns])
-                values -= average
-                np.multiply(_total(np.square(values, out=values)), share, out=variance[:, columns])
+                # from the first position on, which is not far from the mean, both are exact in one pass
+                rest -= first
+                about = _total(rest) * share
+                mean[:, columns] += about
+                squares = np.multiply(_total_of_squares(rest), share, out=variance[:, columns])
+                squares -= np.square(about)
+                np.maximum(squares, 0, out=squares)
         return Rows(mean, variance)
 
 
@@ -215,6 +222,19 @@ def _total(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     whole = values[: parts * _AT_ONCE].reshape(parts, _AT_ONCE, *values.shape[1:])
     total = _total(np.add.reduce(whole, 1))
     total += np.add.reduce(values[parts * _AT_ONCE :], 0)
+    return total
+
+
+def _total_of_squares(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Add up the squares along the first axis, likewise."""
+    parts = len(values) // _AT_ONCE
+    if parts <= 1:
+        few: npt.NDArray[np.float32] = np.einsum("pnc,pnc->nc", values, values)
+        return few
+    whole = values[: parts * _AT_ONCE].reshape(parts, _AT_ONCE, *values.shape[1:])
+    total = _total(np.einsum("apnc,apnc->anc", whole, whole))
+    rest = values[parts * _AT_ONCE :]
+    total += np.einsum("pnc,pnc->nc", rest, rest)
     return total
 
 

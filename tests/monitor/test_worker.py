@@ -181,7 +181,7 @@ def test_an_error_in_the_background_is_logged_and_ends_nothing(
     with Monitor(model) as monitor, torch.inference_mode():
         with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
             patch.setattr(monitor, "_merge", lambda _: 1 / 0)
-            for _ in range(40):
+            for _ in range(80):
                 model(torch.randn(1, 3, 8, 8))
             wait_for(lambda: "could not be accumulated" in caplog.text)
         monitor.reset()
