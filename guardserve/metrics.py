@@ -26,7 +26,7 @@ from prometheus_client.samples import Exemplar as Shown
 from guardserve import __version__
 from guardserve.engine import Engine
 from guardserve.identity import Exemplar, Identity
-from guardserve.monitor import State, Verdict
+from guardserve.monitor import State, Summary, Verdict
 from guardserve.runtime import Runtime
 from guardserve.totals import ALARMS, Totals, Version
 
@@ -276,6 +276,7 @@ class Metrics:
         self.totals = Totals(runtime)
         self.refresh: Callable[[], object] = self.look
         self._taking = threading.Lock()
+        self._summaries: list[Summary] | None = None
         self._looking = threading.Lock()
         self._ending = threading.Lock()
         self.registry.register(RequestCollector(runtime.name, self))
@@ -312,12 +313,30 @@ class Metrics:
 
     def follow(self, runtime: Runtime, engine: Engine, version: str) -> None:
         """Show what a version of the model counts, from now on the one that answers requests."""
+        if self._summaries is not None:
+            runtime.monitor.take_summary()  # what the probe showed, and from now on requests
         self.totals.follow(Version(runtime, engine, version))
 
     def leave(self, runtime: Runtime) -> None:
         """Look at a version for the last time: it has ended."""
         self.take_p_values()
-        self.totals.leave(runtime)
+        with self._taking:
+            if self._summaries is not None and (last := runtime.monitor.take_summary()) is not None:
+                self._summaries.append(last)
+            self.totals.leave(runtime)
+
+    def begin_summaries(self) -> None:
+        """Begin to keep what samples show from now on for :meth:`take_summaries`."""
+        self._summaries = []
+        for version in self.totals.versions:
+            version.runtime.monitor.take_summary()
+
+    def take_summaries(self) -> list[Summary]:
+        """Return what the samples since the last call show, by each version that had any; from any thread."""
+        with self._taking:
+            found, self._summaries = self._summaries or [], []
+            shown = [version.runtime.monitor.take_summary() for version in self.totals.versions]
+            return found + [summary for summary in shown if summary is not None]
 
     def take_p_values(self) -> None:
         """Count the samples that monitors have judged since the last call, from any thread; nobody else may drain."""

@@ -75,6 +75,39 @@ def named():
 
 def broken():
     raise ValueError("no such weights")
+
+
+class Fails(Named):
+    def forward(self, x):
+        raise RuntimeError("no forward")
+
+
+@example_input(x=torch.zeros(1, 3))
+def failing():
+    return Fails()
+
+
+# files in the working directory say what loads now
+class Numbered(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+        self.register_buffer("number", torch.tensor([[float(number)]]))
+
+    def forward(self, x):
+        if self.number < 0:
+            raise RuntimeError("no such number")
+        process = torch.full((len(x), 1), float(os.getpid()))
+        return {"number": 0 * self.bn(x).sum(1, keepdim=True) + self.number, "process": process}
+
+
+@example_input(x=torch.zeros(1, 3))
+def numbered():
+    if os.path.exists("once"):  # for whoever comes first
+        os.rename("once", "taken")
+        return Numbered(-1)
+    with open("number") as file:
+        return Numbered(file.read())
 """
 
 BODY = json.dumps({"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}]}).encode()
@@ -87,11 +120,11 @@ UP = 'guardserve_workers{state="up"}'
 
 
 @contextmanager
-def workers(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def workers(folder: Path, *options: str, model: str = "named") -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Serve with two workers until the block ends; give the supervisor and the port once both take connections."""
     (folder / "namedmodel.py").write_text(MODEL)
     port = free_port()
-    arguments = ["serve", "namedmodel:named", "--workers", "2", "--port", str(port), "--log-level", "error"]
+    arguments = ["serve", f"namedmodel:{model}", "--workers", "2", "--port", str(port), "--log-level", "error"]
     arguments += ["--drain-delay", "0.3", *options]
     process = subprocess.Popen([PROGRAM, *arguments], cwd=folder)
     try:
@@ -284,14 +317,81 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_workers_that_cannot_start_end_the_command_with_their_reason(tmp_path: Path) -> None:
-    """The status is not 0, and one line says what one process alone would."""
+def numbers(port: int) -> dict[int, tuple[float, str]]:
+    """Return what each worker's version is, by its process: its number, and what its answers call it."""
+    found: dict[int, tuple[float, str]] = {}
+    deadline = time.monotonic() + TIMEOUT
+    while len(found) < 2 and time.monotonic() < deadline:
+        answer = (
+            httpx.post(
+                f"http://127.0.0.1:{port}/v2/models/numbered/infer", content=BODY, trust_env=False, timeout=TIMEOUT
+            )
+            .raise_for_status()
+            .json()
+        )
+        number, process = (output["data"][0] for output in answer["outputs"])
+        found[int(process)] = number, answer["model_version"]
+    return found
+
+
+def test_all_workers_load_the_model_again_or_none_does(tmp_path: Path) -> None:
+    """By a call to one of them, which says what happened, or by a signal; while one version fails, all keep theirs.
+
+    A worker that is started again, but with a model that fails its probe, takes nothing until there is a better one.
+    """
+    (tmp_path / "number").write_text("1")
+    with (
+        workers(tmp_path, model="numbered") as (supervisor, port),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=2 * TIMEOUT) as client,
+    ):
+        load = "/v2/repository/models/numbered/load"
+        url = f"http://127.0.0.1:{port}/v2/models/numbered/infer"
+        first = numbers(port)
+        assert {number for number, _ in first.values()} == {1.0}
+
+        (tmp_path / "number").write_text("2")
+        answer = client.post(load)
+        assert answer.status_code == 200, answer.text
+        second = numbers(port)
+        assert set(second) == set(first), "no process was started again"
+        assert set(second.values()) == {(2.0, answer.json()["version"])}
+
+        (tmp_path / "number").write_text("3")
+        (tmp_path / "once").touch()  # one of the two gets a model that fails its probe
+        answer = client.post(load)
+        assert answer.status_code == 422
+        assert "no such number" in answer.json()["error"]
+        assert numbers(port) == second
+
+        answer = client.post("/v2/repository/models/another/load")
+        assert answer.status_code == 404
+        supervisor.send_signal(signal.SIGHUP)
+        wait_until(lambda: {number for number, _ in numbers(port).values()} == {3.0}, 2 * TIMEOUT)
+        assert set(numbers(port)) == set(first)
+        wait_until(lambda: scraped(port, 'guardserve_reloads_total{model="numbered",outcome="done"}') == 4)
+        assert scraped(port, 'guardserve_reloads_total{model="numbered",outcome="failed"}') == 2
+
+        (tmp_path / "number").write_text("-1")
+        killed = next(iter(first))
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: scraped(port, RESTARTS) >= 2)  # the next one has failed its probe by then
+        assert scraped(port, 'guardserve_workers{state="down"}') == 1
+        answers = [httpx.post(url, content=BODY, trust_env=False, timeout=TIMEOUT) for _ in range(20)]
+        assert {answer.status_code for answer in answers} == {200}, "it takes no connection"
+        (tmp_path / "number").write_text("3")
+        wait_until(lambda: scraped(port, UP) == 2, 2 * TIMEOUT)
+        assert {number for number, _ in numbers(port).values()} == {3.0}
+
+
+@pytest.mark.parametrize(("model", "says"), [("broken", "no such weights"), ("failing", "no forward")])
+def test_workers_that_cannot_start_end_the_command_with_their_reason(tmp_path: Path, model: str, says: str) -> None:
+    """The status is not 0, and one line says what one process alone would; also of a model that fails its probe."""
     (tmp_path / "namedmodel.py").write_text(MODEL)
-    command = [str(PROGRAM), "serve", "namedmodel:broken", "--workers", "2", "--port", "0", "--log-level", "error"]
+    command = [str(PROGRAM), "serve", f"namedmodel:{model}", "--workers", "2", "--port", "0", "--log-level", "error"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False)
     assert done.returncode == 1
-    assert "no such weights" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr or model == "failing", "of a forward it is in the log"
 
 
 @pytest.mark.parametrize(
@@ -420,22 +520,28 @@ def test_what_detectors_add_up_is_what_one_makes_of_all_their_samples(
         for shift in (0.0, 4.0):
             for one in copies:
                 one(torch.randn(150, 3) + shift)
-            reports = [Report(1, [], "v", summary=monitor.take_summary()) for monitor in monitors]
+            reports = [Report(1, [], "v", summaries=summaries(monitor)) for monitor in monitors]
             pool.judge(reports)
             assert detected(pool).state == ("shifted" if shift else "ok")
         assert (detected(pool).samples, detected(pool).alarms) == (600, 1)
         pool.save()
         assert Pool(reference=path, target_arl=1000, state=state).detection == pool.detection
-        reports = [Report(1, [], "v", summary=monitor.take_summary()) for monitor in monitors]
-        assert all(report.summary is None for report in reports), "nothing is told twice"
+        reports = [Report(1, [], "v", summaries=summaries(monitor)) for monitor in monitors]
+        assert not any(report.summaries for report in reports), "nothing is told twice"
 
     another = fit(4.0)
     summary = Summary.of(another, torch.zeros(1, 6).numpy(), [0])
-    pool.judge([Report(1, [], "v", summary=summary)])
+    pool.judge([Report(1, [], "v", summaries=[summary])])
     assert detected(pool).samples == 600, "it is not there yet"
     another.save(path)
-    pool.judge([Report(1, [], "v", summary=summary)])
+    pool.judge([Report(1, [], "v", summaries=[summary])])
     assert (detected(pool).samples, detected(pool).alarms) == (1, 1), "another detector, and no count goes back"
+
+
+def summaries(monitor: Monitor) -> list[Summary]:
+    """Return what a worker reports of its monitor."""
+    summary = monitor.take_summary()
+    return [] if summary is None else [summary]
 
 
 def detected(pool: Pool) -> Detection:

@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import math
+import signal
 import socket
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
@@ -30,6 +31,7 @@ from guardserve.service.app import Service, create_app
 from guardserve.service.limits import Limits
 from guardserve.service.server import Server
 from guardserve.service.shift import ShiftPolicy
+from guardserve.service.versions import Together
 from guardserve.settings import ENV_PREFIX, ServeSettings
 from guardserve.traces import traced
 from guardserve.workers import Link, Pool, Supervisor, WorkerServer, bind
@@ -83,12 +85,13 @@ def serve_in_worker(connection: Connection, sockets: list[socket.socket], model:
         model: See :func:`serve`.
         settings: What it can be told.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it reaches the supervisor, too, and is for that to pass on
     configure_logs(settings.log_level, settings.log_format)
     link = Link(connection)
     try:
-        app = _application(model, settings)
+        app = _application(model, settings, link.reload)
         with _traced(settings, app) as served:
-            server = WorkerServer(_config(settings, served), app.life, settings.drain_delay, link, app.metrics)
+            server = WorkerServer(_config(settings, served), app, settings.drain_delay, link)
             server.run(sockets)
     except GuardserveError as error:
         link.fail(str(error))
@@ -130,8 +133,8 @@ def _supervise(model: str, settings: ServeSettings) -> None:
     ).run()
 
 
-def _application(model: str, settings: ServeSettings) -> Service:
-    """Load the model, and make the application that serves it."""
+def _application(model: str, settings: ServeSettings, together: Together | None = None) -> Service:
+    """Load the model, and make the application that serves it, perhaps together with others."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     access = _access(settings)
@@ -144,7 +147,7 @@ def _application(model: str, settings: ServeSettings) -> Service:
         shift_policy=ShiftPolicy(settings.shift_policy, settings.shift_p_threshold),
         shutdown_timeout=settings.shutdown_timeout,
         load=functools.partial(_again, settings, model),
-        alone=settings.workers == 1,
+        together=together,
     )
     # what is there now stays: looking through all of torch for garbage again and again would hold requests up
     gc.collect()

@@ -25,7 +25,7 @@ from guardserve.service.life import Life, closing
 from guardserve.service.limits import Limits
 from guardserve.service.repository import Repository
 from guardserve.service.shift import ShiftPolicy
-from guardserve.service.versions import Load, Versions
+from guardserve.service.versions import Load, Together, Versions
 from guardserve.watch import Watch
 
 _log = logging.getLogger(__name__)
@@ -44,12 +44,14 @@ class Service(FastAPI):
         access: Who may ask.
         metrics: What is counted.
         gateway: What answers inference requests.
+        versions: The versions of the model.
     """
 
     life: Life
     access: Access
     metrics: Metrics
     gateway: Gateway
+    versions: Versions
 
     def shortcut(self, scope: Scope) -> Gateway | None:
         """Return what may answer a request past ASGI; None where it needs more than its answer, or is refused."""
@@ -92,7 +94,7 @@ def create_app(
     shift_policy: ShiftPolicy | None = None,
     shutdown_timeout: float = 30.0,
     load: Load | None = None,
-    alone: bool = True,
+    together: Together | None = None,
 ) -> Service:
     """Build the application.
 
@@ -108,7 +110,7 @@ def create_app(
         shift_policy: What is done about samples unlike the reference profile; by default nothing.
         shutdown_timeout: Seconds to finish accepted requests in when it stops.
         load: What loads the model again, for SIGHUP and authorised calls; see :class:`Versions`.
-        alone: Whether no other process serves the model: calls would reach one of them, signals reach all.
+        together: Where several processes serve the model, what has all of them load it again.
     """
     metrics = Metrics(runtime)
     limits = limits or Limits()
@@ -120,7 +122,7 @@ def create_app(
 
     gateway = Gateway(serve(runtime), metrics, limits)
     watch = Watch(runtime, metrics)
-    versions = Versions(gateway, metrics, watch, life, serve=serve, load=load)
+    versions = Versions(gateway, metrics, watch, life, serve=serve, load=load, together=together)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -141,8 +143,9 @@ def create_app(
     app.metrics = metrics
     app.access = access or Access()
     app.gateway = gateway
+    app.versions = versions
     app.include_router(ProtocolEndpoints(gateway, life).router())
-    if load is not None and alone:
+    if load is not None:
         app.include_router(Repository(versions, app.access).router())
     app.include_router(metrics_router(metrics))
     # the page's streams do not end by themselves

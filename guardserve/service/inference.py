@@ -113,7 +113,7 @@ class Inference:
         runtime: The model.
         metrics: Where what happens is counted.
         limits: What is accepted.
-        model_version: What answers call the model's version.
+        model_version: What the version is called, whichever it is; answers add which it is.
         on_nonfinite: What to do about non-finite outputs where a request does not say.
         shift_policy: What to do about samples unlike the reference.
 
@@ -156,7 +156,7 @@ class Inference:
             forward_ended=metrics.forward_ended,
         )
         self._reader = RequestReader(lambda: runtime.signature, self._max_batch_size)
-        self._writer = ResponseWriter(runtime.name, model_version)
+        self._writer = ResponseWriter(runtime.name, self.versions[-1])
         self._coder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardserve-coder")
         self._pending: dict[Pending, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
@@ -42,6 +42,9 @@ FREE_AFTER = (0.0, 0.2, 0.4, 0.8)
 Load: TypeAlias = Callable[[Runtime], Runtime]
 """Loads the model of a runtime again, as it was loaded at the start; gives another runtime, not started."""
 
+Together: TypeAlias = Callable[[], Awaitable[None]]
+"""Has all processes that serve a model load it again, or none; raises what :meth:`Versions.reload` does."""
+
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -71,6 +74,8 @@ class Versions:
         life: Where the server stands.
         serve: Makes what answers requests with a runtime.
         load: What loads the model again; without it the first version stays.
+        together: Where several processes serve the model, what has all of them load it again; for signals, too, it is
+            then not for this one to begin.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class Versions:
         *,
         serve: Callable[[Runtime], Inference],
         load: Load | None = None,
+        together: Together | None = None,
     ) -> None:
         self._gateway = gateway
         self._metrics = metrics
@@ -89,7 +95,9 @@ class Versions:
         self._life = life
         self._serve = serve
         self._load = load
+        self._together = together
         self._loading = False
+        self._next: Inference | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         metrics.follow(self.current.runtime, self.current.engine, self.current.versions[-1])
 
@@ -101,13 +109,14 @@ class Versions:
     def start(self) -> None:
         """Start the first version; from then on SIGHUP loads the model again, if it can be."""
         self.current.start().add_done_callback(functools.partial(_log_start, self._metrics.model))
-        if self._load is not None and hasattr(signal, "SIGHUP"):
+        if self._load is not None and self._together is None and hasattr(signal, "SIGHUP"):
             with suppress(RuntimeError, ValueError):  # only the main thread has signals
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
 
     async def close(self, timeout: float) -> None:
         """Finish the work that was accepted, for so many seconds, and close every version."""
         end = time.monotonic() + timeout
+        await self.abandon()
         await self.current.close(timeout)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=max(0.0, end - time.monotonic()))
@@ -125,27 +134,65 @@ class Versions:
             ReloadError: If the new version cannot be loaded, fails its probe, or does not take or give what the old
                 one does, which goes on.
         """
+        if self._together is not None:
+            await self._together()
+        else:
+            await self.prepare()
+            self.commit()
+
+    async def prepare(self) -> str:
+        """Load the model again, and have the new version ready; it takes no request before :meth:`commit`.
+
+        Returns:
+            The new version.
+
+        Raises:
+            ReloadRunningError: If it is being loaded already.
+            ReloadError: See :meth:`reload`.
+        """
         name, old = self._metrics.model, self.current
         if self._loading:
             raise ReloadRunningError(f"{name} is being loaded already: ask again when that is over")
         self._loading = True
         _log.info("%s: loading another version beside %s", name, old.versions[-1])
         try:
-            new = await self._prepared(old.runtime)
+            self._next = await self._prepared(old.runtime)
         except Exception as error:
+            self._loading = False
             self._metrics.reloads["failed"] += 1
             known = isinstance(error, GuardserveError)
             text = str(error) if known else f"{type(error).__name__}; the server's log has the details"
             text = f"{name} was not reloaded, {old.versions[-1]} goes on: {text}"
             _log.error("%s", text, exc_info=error.__cause__ if known else error)
             raise ReloadError(text) from error
-        finally:
-            self._loading = False
+        return self._next.versions[-1]
+
+    def commit(self) -> None:
+        """Let the version that is ready answer."""
+        old, new = self.current, self._taken()
+        if new is None:
+            return
         self._metrics.follow(new.runtime, new.engine, new.versions[-1])
         self._metrics.reloads["done"] += 1
         self._gateway.inference = new
-        _log.warning("%s: version %s answers, in the place of %s", name, new.versions[-1], old.versions[-1])
+        _log.warning(
+            "%s: version %s answers, in the place of %s", self._metrics.model, new.versions[-1], old.versions[-1]
+        )
         self._spawn(self._retire(old))
+
+    async def abandon(self) -> None:
+        """Close the version that is ready, if there is one."""
+        new = self._taken()
+        if new is not None:
+            self._metrics.reloads["failed"] += 1
+            await _discard(new)
+
+    def _taken(self) -> Inference | None:
+        """Return the version that is ready; there is none any more."""
+        new, self._next = self._next, None
+        if new is not None:
+            self._loading = False
+        return new
 
     def _hang_up(self) -> None:
         """Load the model again for SIGHUP."""
@@ -176,8 +223,7 @@ class Versions:
             _check_same("inputs", old.signature.inputs, runtime.signature.inputs)
             _check_same("outputs", old.signature.outputs, runtime.signature.outputs)
         except BaseException:
-            await new.close(0)
-            runtime.close(save=False)
+            await _discard(new)
             raise
         return new
 
@@ -221,13 +267,21 @@ def _aside(work: Callable[[], T]) -> asyncio.Future[T]:
         try:
             result = work()
         except BaseException as error:  # noqa: BLE001 - whoever waits raises it, and is not to end by it
-            future.set_exception(error if isinstance(error, Exception) else ReloadError(f"it ended by {error!r}"))
+            # a StopIteration is not taken by asyncio, and what is no Exception would end who waits
+            plain = isinstance(error, Exception) and not isinstance(error, StopIteration)
+            future.set_exception(error if plain else ReloadError(f"it ended by {error!r}"))
         else:
             future.set_result(result)
 
     future.set_running_or_notify_cancel()
     threading.Thread(target=run, name="guardserve-reload", daemon=True).start()
     return asyncio.wrap_future(future)
+
+
+async def _discard(version: Inference) -> None:
+    """Close a version that has answered nothing."""
+    await version.close(0)
+    version.runtime.close(save=False)
 
 
 def _check_passed(failure: GuardserveError | None) -> None:

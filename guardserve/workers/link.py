@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import itertools
 import logging
 import threading
@@ -18,8 +20,25 @@ from prometheus_client.registry import Collector
 from guardserve.exceptions import GuardserveError
 from guardserve.metrics import Metrics, pooled_families
 from guardserve.monitor import Seen
+from guardserve.service.versions import ReloadError, ReloadRunningError, Versions
 from guardserve.workers.families import replaced
-from guardserve.workers.messages import Collect, Failed, Hurry, Line, Pooled, Report, Scrape, Up
+from guardserve.workers.messages import (
+    Collect,
+    Decide,
+    Decided,
+    Failed,
+    Hurry,
+    Line,
+    Outcome,
+    Pooled,
+    Prepare,
+    Prepared,
+    Reload,
+    Report,
+    Scrape,
+    Up,
+    Upward,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +57,8 @@ class Link(Collector):
         self._line = Line(connection)
         self._tickets = itertools.count()
         self._scrapes: dict[int, Future[Pooled]] = {}
-        self._asked: SimpleQueue[Collect] = SimpleQueue()
+        self._reloads: dict[int, Future[Outcome]] = {}
+        self._answers: SimpleQueue[Callable[[], Upward]] = SimpleQueue()
         self._last = Report(None, [])
 
     def attach(self, metrics: Metrics, leave: Callable[[], object]) -> None:
@@ -53,10 +73,33 @@ class Link(Collector):
         threading.Thread(target=self._listen, args=(leave,), name="guardserve-link", daemon=True).start()
         threading.Thread(target=self._tell, name="guardserve-report", daemon=True).start()
 
-    def up(self) -> None:
-        """Say that this worker takes connections."""
-        self._metrics.runtime.monitor.take_summary()  # what the probe showed, and from now on requests
+    def up(self, versions: Versions) -> None:
+        """Say that this worker takes connections; call it on the event loop.
+
+        Args:
+            versions: Those of its model, which it loads again when it is told to.
+        """
+        self._versions = versions
+        self._loop = asyncio.get_running_loop()
+        self._metrics.begin_summaries()
         self._say(Up())
+
+    async def reload(self) -> None:
+        """Have all workers load their model again.
+
+        Raises:
+            ReloadRunningError: If they do already.
+            ReloadError: If one of them cannot; then none does.
+        """
+        ticket = next(self._tickets)
+        told = self._reloads[ticket] = Future()
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._say, Reload(ticket))
+            outcome = await asyncio.wrap_future(told)
+        finally:
+            del self._reloads[ticket]
+        if outcome.failure is not None:
+            raise (ReloadRunningError if outcome.running else ReloadError)(outcome.failure)
 
     def fail(self, reason: str) -> None:
         """Say why this worker does not start."""
@@ -64,7 +107,8 @@ class Link(Collector):
 
     def close(self) -> None:
         """Say the last word: what was counted to the end."""
-        self._say(Report(None, list(self._metrics.registry.collect())))
+        summaries = self._metrics.take_summaries()
+        self._say(Report(None, list(self._metrics.registry.collect()), summaries=summaries))
 
     def collect(self) -> Iterator[Metric]:
         """Yield what all workers have counted, and what this one's monitor makes of what all have seen.
@@ -86,7 +130,7 @@ class Link(Collector):
         verdict = runtime.monitor.judge(seen, pooled.detection)
         yield from replaced(pooled.families, list(pooled_families(runtime.name, verdict)))
 
-    def _say(self, message: Up | Failed | Report) -> None:
+    def _say(self, message: Upward) -> None:
         try:
             self._line.send(message)
         except OSError:
@@ -95,31 +139,57 @@ class Link(Collector):
     def _listen(self, leave: Callable[[], object]) -> None:
         while True:
             try:
-                message = self._line.receive()
-                if isinstance(message, Collect):
-                    self._asked.put(message)
-                elif isinstance(message, Hurry):
-                    leave()
-                elif isinstance(message, Pooled) and (waiting := self._scrapes.get(message.ticket)) is not None:
-                    waiting.set_result(message)
+                self._hear(self._line.receive(), leave)
             except (EOFError, OSError):  # noqa: PERF203 - the end of the line is that of the loop
                 break
         _log.error("the supervisor of this worker is gone: it answers what it has accepted, and ends")
         leave()
+        for told in list(self._reloads.values()):
+            told.set_result(Outcome(0, "the supervisor of this worker is gone"))
+
+    def _hear(self, message: object, leave: Callable[[], object]) -> None:
+        """Take a message; what takes long or may have to wait is done elsewhere."""
+        if isinstance(message, Collect):
+            self._answers.put(functools.partial(self._report, message))
+        elif isinstance(message, Hurry):
+            leave()
+        elif isinstance(message, Pooled) and (waiting := self._scrapes.get(message.ticket)) is not None:
+            waiting.set_result(message)
+        elif isinstance(message, Outcome) and (told := self._reloads.get(message.ticket)) is not None:
+            told.set_result(message)
+        elif isinstance(message, (Prepare, Decide)):
+            work = self._prepare(message) if isinstance(message, Prepare) else self._decide(message)
+            try:
+                asyncio.run_coroutine_threadsafe(work, self._loop)
+            except RuntimeError:  # the server has ended, and this thread is about to
+                work.close()
+
+    async def _prepare(self, message: Prepare) -> None:
+        try:
+            answer = Prepared(message.number, await self._versions.prepare())
+        except ReloadError as error:
+            answer = Prepared(message.number, failure=str(error))
+        self._answers.put(lambda: answer)
+
+    async def _decide(self, message: Decide) -> None:
+        if message.commit:
+            self._versions.commit()
+        self._answers.put(lambda: Decided(message.number))
+        await self._versions.abandon()
 
     def _tell(self) -> None:
-        """Report when asked to, while the line is read on: else both ends could wait for the other to read."""
+        """Answer what was asked, while the line is read on: else both ends could wait for the other to read."""
         while True:
-            self._say(self._report(self._asked.get()))
+            self._say(self._answers.get()())
 
     def _report(self, asked: Collect) -> Report:
         try:
             runtime = self._metrics.runtime
             families = list(self._metrics.registry.collect())
             window, seen = runtime.monitor.window(asked.since)
-            summary = runtime.monitor.take_summary()
+            summaries = self._metrics.take_summaries()
         except Exception:  # noqa: BLE001 - the server goes on, and the supervisor goes by what it has
             _log.exception("this worker could not tell its metrics")
-            return replace(self._last, round=asked.round, summary=None)
-        self._last = Report(asked.round, families, runtime.fingerprint, window, seen, summary)
+            return replace(self._last, round=asked.round, summaries=())
+        self._last = Report(asked.round, families, runtime.fingerprint, window, seen, summaries)
         return self._last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle  # nosec B403
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
@@ -51,7 +52,7 @@ class Report:
         version: Which model it serves, by its fingerprint.
         window: When each part of its monitor's window ended, and how many samples that has.
         seen: What these parts show together, without those that ended before ``since``.
-        summary: What its samples since its last report show, if it has a reference profile and there were any.
+        summaries: What its samples since its last report show, by each version that had any, with a reference profile.
     """
 
     round: int | None
@@ -59,7 +60,7 @@ class Report:
     version: str = ""
     window: list[tuple[float, int]] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
-    summary: Summary | None = None
+    summaries: Sequence[Summary] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,87 @@ class Hurry:
     """A worker that drains is to wait for nobody new."""
 
 
-Message: TypeAlias = Up | Failed | Collect | Report | Scrape | Pooled | Hurry
+@dataclass(frozen=True)
+class Reload:
+    """A worker was asked to have all load their model again.
+
+    Attributes:
+        ticket: To be given back.
+    """
+
+    ticket: int
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """A worker is to load its model again, and to go on with the version that it has.
+
+    Attributes:
+        number: To be given back.
+    """
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A worker has loaded its model again, or could not.
+
+    Attributes:
+        number: That of the :class:`Prepare`.
+        version: The new version.
+        failure: Why there is none.
+    """
+
+    number: int
+    version: str = ""
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Decide:
+    """A worker that has loaded its model again is to let the new version answer, or to drop it.
+
+    Attributes:
+        number: To be given back.
+        commit: Which of them.
+    """
+
+    number: int
+    commit: bool
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A worker has done so.
+
+    Attributes:
+        number: That of the :class:`Decide`.
+    """
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of loading the model again.
+
+    Attributes:
+        ticket: That of the :class:`Reload`.
+        failure: Why no worker has another version now; None if all have.
+        running: Whether that is as it was being loaded already.
+    """
+
+    ticket: int
+    failure: str | None = None
+    running: bool = False
+
+
+Upward: TypeAlias = Up | Failed | Report | Scrape | Reload | Prepared | Decided
+"""What a worker says."""
+
+Downward: TypeAlias = Collect | Pooled | Hurry | Prepare | Decide | Outcome
+"""What the supervisor says."""
 
 
 class Line:
@@ -111,7 +192,7 @@ class Line:
         self.connection = connection
         self._sending = threading.Lock()
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Upward | Downward) -> None:
         """Send a message.
 
         Raises:

@@ -46,6 +46,7 @@ class Pool:
         self._reference = reference
         self._target_arl = target_arl
         self._detector = None if reference is None else Detector(ReferenceProfile.load(reference), target_arl)
+        self._last: Detector | None = None
         self._alarms = 0
         self._state = state
         self._retained: Families = []
@@ -61,7 +62,8 @@ class Pool:
         if self._detector is None:
             return None
         detection = self._detector.detection()
-        return replace(detection, alarms=self._alarms + detection.alarms)
+        before = 0 if self._last is None else self._last.detection().alarms
+        return replace(detection, alarms=self._alarms + before + detection.alarms)
 
     def retain(self, report: Report) -> None:
         """Keep what a worker that has ended had counted."""
@@ -71,12 +73,15 @@ class Pool:
         """Show the detector what workers have seen since they last reported."""
         summaries: dict[str, list[Summary]] = {}
         for report in reports:
-            if report.summary is not None:
-                summaries.setdefault(report.summary.digest, []).append(report.summary)
+            for summary in report.summaries:
+                summaries.setdefault(summary.digest, []).append(summary)
         for digest, (first, *others) in summaries.items():
             detector = self._judging_by(digest)
-            if detector is not None:
-                detector.judge_summary(first.merge(*others))
+            summary = first.merge(*others)
+            if detector is None:
+                _log.warning("%d samples go unjudged: their profile is not there any more", summary.samples.sum())
+            else:
+                detector.judge_summary(summary)
 
     def families(self, reports: Iterable[Report], *, up: int, down: int, restarts: int) -> Families:
         """Make one exposition of reports, of what was retained, and of this process.
@@ -111,18 +116,24 @@ class Pool:
         return seen
 
     def _judging_by(self, digest: str) -> Detector | None:
-        """Return the detector, with the profile that workers have loaded again if need be; None if it is not there."""
-        if self._detector is None or self._reference is None or self._detector.profile.digest == digest:
-            return self._detector
+        """Return the detector of a profile; a new one is read, None if it is not there.
+
+        That of the profile before is kept, as what workers had seen with it may come late.
+        """
+        for detector in (self._detector, self._last):
+            if detector is not None and detector.profile.digest == digest:
+                return detector
+        if self._detector is None or self._reference is None:
+            return None
         try:
             profile = ReferenceProfile.load(self._reference)
         except ReferenceProfileError as error:
-            _log.error("samples go unjudged: %s", error)
+            _log.error("the profile that workers have loaded cannot be read: %s", error)
             return None
         if profile.digest != digest:
-            return None  # from before, of a worker that has not loaded it yet
-        self._alarms += self._detector.detection().alarms
-        self._detector = Detector(profile, self._target_arl)
+            return None
+        self._alarms += 0 if self._last is None else self._last.detection().alarms
+        self._last, self._detector = self._detector, Detector(profile, self._target_arl)
         return self._detector
 
     def save(self) -> None:

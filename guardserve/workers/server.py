@@ -9,35 +9,42 @@ from types import FrameType
 
 import uvicorn
 
-from guardserve.metrics import Metrics
+from guardserve.exceptions import GuardserveError
 from guardserve.runtime import UNPROBED
-from guardserve.service.life import Life
+from guardserve.service.app import Service
 from guardserve.service.server import POLL, Server
 from guardserve.workers.link import Link
 
 
 class WorkerServer(Server):
-    """Takes connections once its model's start-up probe has ended, lest it refuse what another worker could answer.
+    """Takes connections once its model has passed its start-up probe, lest it refuse what another worker could answer.
 
     It drains on SIGTERM, and when its supervisor is gone.
 
     Args:
         config: uvicorn's configuration.
-        life: See :class:`Server`, as for the next.
-        drain_delay: See there.
+        app: The application, whose metrics are from now on shown together with the other workers'.
+        drain_delay: See :class:`Server`.
         link: The line to the supervisor.
-        metrics: Those of the application, from now on shown together with the other workers'.
     """
 
-    def __init__(self, config: uvicorn.Config, life: Life, drain_delay: float, link: Link, metrics: Metrics) -> None:
-        super().__init__(config, life, drain_delay)
+    def __init__(self, config: uvicorn.Config, app: Service, drain_delay: float, link: Link) -> None:
+        super().__init__(config, app.life, drain_delay)
         self._link = link
-        self._metrics = metrics
+        self._metrics = app.metrics
+        self._versions = app.versions
+        self._failure: str | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal."""
+        """Serve until a signal.
+
+        Raises:
+            GuardserveError: If the model fails its start-up probe: others may have one that works.
+        """
         self._link.attach(self._metrics, self._told)
         super().run(sockets)
+        if self._failure is not None:
+            raise GuardserveError(self._failure)
         self._link.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -45,14 +52,17 @@ class WorkerServer(Server):
         await super().startup([])
         while self._metrics.runtime.failure == UNPROBED and not self.should_exit:  # noqa: ASYNC110 - a thread's doing
             await asyncio.sleep(POLL)
-        if self.should_exit:
+        if not self.should_exit:
+            self._failure = self._metrics.runtime.failure
+        if self.should_exit or self._failure is not None:
+            self.should_exit = True
             return
         loop = asyncio.get_running_loop()
         for sock in sockets or ():
             self.servers.append(
                 await loop.create_server(self._protocol, sock=sock, ssl=self.config.ssl, backlog=self.config.backlog)
             )
-        self._link.up()
+        self._link.up(self._versions)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain.

@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any
 
 from guardserve.exceptions import GuardserveError
-from guardserve.workers.messages import Collect, Failed, Hurry, Line, Pooled, Report, Scrape, Up
+from guardserve.workers.messages import (
+    Collect,
+    Decided,
+    Failed,
+    Hurry,
+    Line,
+    Pooled,
+    Prepared,
+    Reload,
+    Report,
+    Scrape,
+    Up,
+)
 from guardserve.workers.pool import Pool
+from guardserve.workers.reloading import Reloading
+from guardserve.workers.worker import Worker, limit, words
 
 _log = logging.getLogger(__name__)
 
@@ -35,9 +46,6 @@ PATIENCE = 0.5
 
 SILENCE = 60.0
 """Seconds after which a worker that does not report is taken for dead, and ended."""
-
-STUCK = 5
-"""Seconds that a worker may stop in the middle of a message; then its line is lost, and it is ended."""
 
 BACKOFF = 0.5
 """Seconds until a worker that died is started again; twice as many each time that it dies young."""
@@ -87,7 +95,7 @@ class Supervisor:
         self._target = target
         self._arguments = arguments
         self._sockets = sockets
-        self._workers = [_Worker(number) for number in range(1, workers + 1)]
+        self._workers = [Worker(number) for number in range(1, workers + 1)]
         self._pool = pool
         self._timeout = timeout
         self._signals: list[int] = []
@@ -98,9 +106,10 @@ class Supervisor:
         self._round = 0
         self._round_ends: float | None = None
         self._asked: set[int] = set()
-        self._waiting: list[tuple[_Worker, int]] = []
-        self._next_waiting: list[tuple[_Worker, int]] = []
+        self._waiting: list[tuple[Worker, int]] = []
+        self._next_waiting: list[tuple[Worker, int]] = []
         self._next_round = self._next_save = 0.0
+        self._reloading = Reloading(self._workers)
 
     def run(self) -> None:
         """Serve until a signal, then have every worker answer what it has accepted; call it on the main thread.
@@ -146,6 +155,8 @@ class Supervisor:
             moments.append(self._round_ends)
         elif any(worker.up for worker in self._workers):
             moments.append(self._next_round)
+        if self._reloading.ends_by is not None:
+            moments.append(self._reloading.ends_by)
         if self._ends_by is not None:
             moments.append(self._ends_by)
         else:
@@ -155,6 +166,19 @@ class Supervisor:
     def _in_time(self) -> None:
         """Do what is due."""
         now = time.monotonic()
+        self._see_to_workers(now)
+        if self._reloading.ends_by is not None and self._reloading.ends_by <= now:
+            self._reloading.give_up()
+        if now >= self._next_save:
+            self._next_save = now + SAVE_INTERVAL
+            self._pool.save()
+        if self._round_ends is not None and (now >= self._round_ends or not self._asked):
+            self._end_round()
+        if self._round_ends is None and (self._next_waiting or now >= self._next_round):
+            self._begin_round()
+
+    def _see_to_workers(self, now: float) -> None:
+        """Start those whose time has come, and end those whose time is over."""
         if self._ends_by is None:
             for worker in self._workers:
                 if worker.process is None and worker.starts_at <= now:
@@ -167,13 +191,6 @@ class Supervisor:
             for worker in self._workers:
                 worker.end("did not end in time")
             self._ends_by = math.inf
-        if now >= self._next_save:
-            self._next_save = now + SAVE_INTERVAL
-            self._pool.save()
-        if self._round_ends is not None and (now >= self._round_ends or not self._asked):
-            self._end_round()
-        if self._round_ends is None and (self._next_waiting or now >= self._next_round):
-            self._begin_round()
 
     @contextmanager
     def _signalled(self) -> Iterator[socket.socket]:
@@ -206,16 +223,12 @@ class Supervisor:
                 self._end()
             else:
                 for worker in self._workers:
-                    self._tell(worker, Hurry())
+                    worker.tell(Hurry())
 
     def _hang_up(self) -> None:
-        """Have every worker load its model again; those that are starting, when they have, as it may be the old one."""
-        if self._ends_by is not None:
-            return
-        for worker in self._workers:
-            worker.outdated = worker.process is not None and not worker.up
-            if worker.up:
-                worker.reload()
+        """Have every worker load its model again."""
+        if self._ends_by is None:
+            self._reloading.begin()
 
     def _end(self) -> None:
         """Have every worker end; none is started again."""
@@ -235,7 +248,7 @@ class Supervisor:
                 worker.process.join()
                 worker.forget()
 
-    def _start(self, worker: _Worker) -> None:
+    def _start(self, worker: Worker) -> None:
         context = get_context("spawn")
         try:
             mine, theirs = context.Pipe()
@@ -243,7 +256,7 @@ class Supervisor:
             worker.reason = str(error)
             self._put_off(worker, None, None)
             return
-        _limit(mine)
+        limit(mine)
         arguments = (theirs, list(self._sockets), *self._arguments)
         name = f"guardserve-worker-{worker.number}"
         process = context.Process(target=self._target, args=arguments, name=name)
@@ -261,7 +274,7 @@ class Supervisor:
             signal.signal(signal.SIGINT, before)
             theirs.close()
 
-    def _hear(self, worker: _Worker) -> None:
+    def _hear(self, worker: Worker) -> None:
         """Take a message."""
         if worker.line is None:
             return
@@ -275,32 +288,41 @@ class Supervisor:
             worker.end("stopped in the middle of a message")
             worker.hang_up()
             return
+        self._take(worker, message)
+
+    def _take(self, worker: Worker, message: object) -> None:
         if isinstance(message, Up):
             self._is_up(worker)
         elif isinstance(message, Failed):
             worker.reason = message.reason
         elif isinstance(message, Scrape):
             self._next_waiting.append((worker, message.ticket))
+        elif isinstance(message, Reload):
+            self._reloading.begin((worker, message.ticket))
+        elif isinstance(message, (Prepared, Decided)):
+            self._reloading.hear(worker, message)
         elif isinstance(message, Report):
-            if worker.report is None or worker.report.round is not None or message.round is None:
-                worker.report = message  # a last word stays, whatever was on its way
-            worker.silent_since = None
-            if message.round == self._round and self._round_ends is not None:
-                worker.fresh = True
-                self._asked.discard(worker.number)
-            else:
-                self._judge([message])
+            self._reported(worker, message)
 
-    def _is_up(self, worker: _Worker) -> None:
+    def _reported(self, worker: Worker, report: Report) -> None:
+        """Take what a worker has counted and seen."""
+        if worker.report is None or worker.report.round is not None or report.round is None:
+            worker.report = report  # a last word stays, whatever was on its way
+        worker.silent_since = None
+        if report.round == self._round and self._round_ends is not None:
+            worker.fresh = True
+            self._asked.discard(worker.number)
+        else:
+            self._judge([report])
+
+    def _is_up(self, worker: Worker) -> None:
         """Note that a worker takes connections."""
         worker.up_since = time.monotonic()
         self._was_up, self._failed_starts = True, 0
         _log.info("worker %d takes connections (process %s)", worker.number, worker.pid)
-        if worker.outdated:
-            worker.outdated = False
-            worker.reload()
+        self._reloading.go_on()
 
-    def _bury(self, worker: _Worker) -> None:
+    def _bury(self, worker: Worker) -> None:
         """Keep what an ended worker had counted, and see whether it is to be started again."""
         process = worker.process
         if process is None:
@@ -312,13 +334,14 @@ class Supervisor:
         status, age = process.exitcode, worker.age
         worker.forget()
         self._asked.discard(worker.number)
+        self._reloading.lose(worker)
         process.close()
         if self._ends_by is not None:
             worker.lost = worker.lost or (age is not None and status != 0)
             return
         self._put_off(worker, status, age)
 
-    def _put_off(self, worker: _Worker, status: int | None, age: float | None) -> None:
+    def _put_off(self, worker: Worker, status: int | None, age: float | None) -> None:
         """Have a worker started again after a while."""
         if age is None:
             self._failed_start(worker, status)
@@ -328,13 +351,13 @@ class Supervisor:
         _log.error(
             "worker %d has ended%s%s: it is started again in %.1f s",
             worker.number,
-            _words(status),
+            words(status),
             "" if worker.reason is None else f", as {worker.reason}",
             delay,
             extra={"event": "worker", "worker": worker.number},
         )
 
-    def _failed_start(self, worker: _Worker, status: int | None) -> None:
+    def _failed_start(self, worker: Worker, status: int | None) -> None:
         """Give up if no worker can be started.
 
         Raises:
@@ -342,7 +365,7 @@ class Supervisor:
         """
         self._failed_starts += 1
         if not self._was_up or (self._failed_starts >= ATTEMPTS and not any(other.up for other in self._workers)):
-            raise GuardserveError(worker.reason or f"worker {worker.number} ended{_words(status)} before it was up")
+            raise GuardserveError(worker.reason or f"worker {worker.number} ended{words(status)} before it was up")
 
     def _judge(self, reports: Sequence[Report]) -> None:
         """Show the detector what workers have told; whatever comes of it, they are to serve on."""
@@ -362,7 +385,7 @@ class Supervisor:
             worker.fresh = False
             if worker.up and worker.caught_up:
                 worker.asked, worker.silent_since = self._round, now
-                if self._tell(worker, Collect(self._round, since)):
+                if worker.tell(Collect(self._round, since)):
                     self._asked.add(worker.number)
 
     def _end_round(self) -> None:
@@ -377,7 +400,7 @@ class Supervisor:
         except Exception:  # noqa: BLE001 - as above: a scrape that fails is no reason to serve no more
             _log.exception("the metrics of all workers could not be put together")
 
-    def _answer(self, waiting: Sequence[tuple[_Worker, int]], reports: Sequence[Report]) -> None:
+    def _answer(self, waiting: Sequence[tuple[Worker, int]], reports: Sequence[Report]) -> None:
         if not waiting:
             return
         up = sum(worker.up for worker in self._workers)
@@ -385,100 +408,7 @@ class Supervisor:
         detection = self._pool.detection
         for worker, ticket in waiting:
             version = "" if worker.report is None else worker.report.version
-            self._tell(worker, Pooled(ticket, families, version, self._pool.seen(reports, version), detection))
+            worker.tell(Pooled(ticket, families, version, self._pool.seen(reports, version), detection))
 
     def _reports(self) -> list[Report]:
         return [worker.report for worker in self._workers if worker.report is not None]
-
-    def _tell(self, worker: _Worker, message: Collect | Pooled | Hurry) -> bool:
-        try:
-            if worker.line is not None:
-                worker.line.send(message)
-                return True
-        except BlockingIOError:
-            worker.end("takes no message")
-        except OSError:
-            pass  # it has ended, and its sentinel tells
-        return False
-
-
-class _Worker:
-    """One worker, and what is known of it.
-
-    Args:
-        number: Its number, from 1 on; a process that is started in the place of another has the same.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.process: SpawnProcess | None = None
-        self.line: Line | None = None
-        self.report: Report | None = None
-        self.fresh = False
-        self.asked = 0
-        self.silent_since: float | None = None
-        self.up_since: float | None = None
-        self.starts_at = 0.0
-        self.deaths = 0
-        self.reason: str | None = None
-        self.lost = False
-        self.outdated = False
-
-    @property
-    def up(self) -> bool:
-        """Whether it takes connections."""
-        return self.up_since is not None
-
-    @property
-    def age(self) -> float | None:
-        """Seconds since it takes connections; None if it does not."""
-        return None if self.up_since is None else time.monotonic() - self.up_since
-
-    @property
-    def pid(self) -> int | None:
-        """The process's number."""
-        return None if self.process is None else self.process.pid
-
-    @property
-    def caught_up(self) -> bool:
-        """Whether it has answered all that it was asked."""
-        return self.asked == 0 or (self.report is not None and self.report.round == self.asked)
-
-    def reload(self) -> None:
-        """Have it load its model again, if it has not just ended."""
-        if self.pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGHUP)
-
-    def end(self, reason: str) -> None:
-        """End the process at once."""
-        if self.process is not None:
-            _log.error("worker %d %s: it is killed", self.number, reason)
-            self.process.kill()
-
-    def hang_up(self) -> None:
-        """Close the line."""
-        if self.line is not None:
-            self.line.connection.close()
-            self.line = None
-
-    def forget(self) -> None:
-        """Forget a process that has ended."""
-        self.hang_up()
-        self.process = self.report = self.up_since = self.silent_since = None
-        self.asked, self.outdated = 0, False
-
-
-def _limit(connection: Connection) -> None:
-    """Let neither sending nor the rest of a message take for ever: a process may be stopped at any moment."""
-    with socket.socket(fileno=connection.fileno()) as sock:
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STUCK, 0))
-        sock.detach()
-
-
-def _words(status: int | None) -> str:
-    """Tell how a process ended."""
-    if status is not None and status < 0:
-        return f" by {signal.Signals(-status).name}"
-    return "" if status is None else f" with status {status}"

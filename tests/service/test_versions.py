@@ -103,6 +103,21 @@ def settled(runtime: Runtime) -> bool:
     return runtime.failure is None or "failed" in runtime.failure
 
 
+def test_answers_name_the_version_that_gave_them() -> None:
+    """By the name that it alone has, under which it can be asked; another version has another."""
+    with serving(lambda: Numbered(0), loader(lambda: Numbered(1))) as client:
+        names = []
+        for expected in (0.0, 1.0):
+            answer = client.post(INFER, json=body())
+            assert number(answer) == expected
+            names.append(answer.json()["model_version"])
+            assert number(client.post(f"/v2/models/net/versions/{names[-1]}/infer", json=body())) == expected
+            assert client.post("/v2/repository/index").json()[0]["version"] == names[-1]
+            assert client.post(LOAD).status_code == (200 if expected == 0 else 422)
+        assert names[0] != names[1]
+        assert client.post(f"/v2/models/net/versions/{names[0]}/infer", json=body()).status_code == 404
+
+
 def counted(client: httpx.Client) -> dict[str, float]:
     """Read every counter of the server."""
     lines = client.get("/metrics").text.splitlines()

@@ -1,0 +1,369 @@
+"""What workers and their supervisor make of each other's messages, one by one and without processes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from prometheus_client.core import CounterMetricFamily, Metric
+from serving import loaded, wait_until
+from torch import nn
+
+from guardserve import ReferenceProfile
+from guardserve.metrics import Metrics
+from guardserve.monitor import Seen
+from guardserve.runtime import Runtime
+from guardserve.service.app import create_app
+from guardserve.service.versions import ReloadError, ReloadRunningError
+from guardserve.totals import NO_ENGINE
+from guardserve.workers import Link, Pool, Supervisor
+from guardserve.workers import worker as worker_module
+from guardserve.workers.messages import (
+    Collect,
+    Decide,
+    Decided,
+    Hurry,
+    Line,
+    Outcome,
+    Pooled,
+    Prepare,
+    Prepared,
+    Reload,
+    Report,
+)
+from guardserve.workers.reloading import Reloading
+from guardserve.workers.worker import Worker, limit
+
+ENGINE = mock.Mock(counts=NO_ENGINE)
+"""One that has met nothing."""
+
+
+class Net(nn.Module):
+    """One BatchNorm layer."""
+
+    def __init__(self, number: float = 0.0) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+        self.number = nn.Parameter(torch.tensor(number))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise."""
+        y: torch.Tensor = self.bn(x) + self.number
+        return y
+
+
+class Crew:
+    """Workers without processes: what each is told can be read, and what it says is given to the reloading."""
+
+    def __init__(self, count: int = 2) -> None:
+        self.workers = [Worker(number) for number in range(1, count + 1)]
+        self.ends: dict[Worker, Connection] = {}
+        for worker in self.workers:
+            self.start(worker)
+            worker.up_since = 0.0
+        self.reloading = Reloading(self.workers)
+
+    def start(self, worker: Worker) -> None:
+        """Let a worker begin to start."""
+        mine, self.ends[worker] = Pipe()
+        worker.process, worker.line = mock.Mock(), Line(mine)
+
+    def told(self, worker: Worker) -> list[Any]:
+        """Return what a worker was told since the last look."""
+        found = []
+        while self.ends[worker].poll():
+            found.append(Line(self.ends[worker]).receive())
+        return found
+
+    def all_told(self) -> list[list[Any]]:
+        """Return what each worker was told since the last look."""
+        return [self.told(worker) for worker in self.workers]
+
+
+def test_all_workers_commit_when_all_have_the_same_version_and_then_the_answer_is_given() -> None:
+    """Nobody is told to before, and the one that was asked hears of it when all have done so."""
+    crew = Crew()
+    one, two = crew.workers
+    crew.reloading.begin((one, 7))
+    assert crew.all_told() == [[Prepare(1)]] * 2
+    crew.reloading.hear(one, Prepared(1, "v2"))
+    assert crew.all_told() == [[], []]
+    crew.reloading.hear(two, Prepared(1, "v2"))
+    assert crew.all_told() == [[Decide(1, commit=True)]] * 2
+    crew.reloading.hear(one, Decided(1))
+    assert crew.all_told() == [[], []]
+    crew.reloading.hear(two, Decided(1))
+    assert crew.all_told() == [[Outcome(7)], []]
+    assert crew.reloading.ends_by is None
+
+
+@pytest.mark.parametrize(
+    ("second", "why"),
+    [
+        (Prepared(1, failure="its probe failed"), "its probe failed"),
+        (Prepared(1, "v3"), "files have changed meanwhile"),
+    ],
+)
+def test_no_worker_commits_when_one_has_another_version_or_none(second: Prepared, why: str) -> None:
+    """Each drops what it has loaded; the answer says why, and the next try is a new one."""
+    crew = Crew()
+    one, two = crew.workers
+    crew.reloading.begin((two, 1))
+    crew.reloading.hear(one, Prepared(1, "v2"))
+    crew.reloading.hear(two, second)
+    assert crew.all_told() == [[Prepare(1), Decide(1, commit=False)]] * 2
+    crew.reloading.hear(one, Decided(1))
+    crew.reloading.hear(two, Decided(1))
+    told_one, (outcome,) = crew.all_told()
+    assert told_one == []
+    assert outcome.ticket == 1
+    assert why in outcome.failure
+    crew.reloading.begin()
+    assert crew.all_told() == [[Prepare(2)]] * 2
+    crew.reloading.hear(one, Prepared(1, "v2"))  # of the try before
+    crew.reloading.hear(two, Prepared(2, "v2"))
+    assert crew.all_told() == [[], []]
+
+
+def test_a_worker_that_ends_while_it_loads_keeps_the_others_from_it() -> None:
+    """It may be what it loaded that ended it; one that ends later changes nothing, nor does one that had asked."""
+    crew = Crew(3)
+    one, two, three = crew.workers
+    crew.reloading.begin((one, 1))
+    crew.reloading.hear(two, Prepared(1, "v2"))
+    three.forget()
+    crew.reloading.lose(three)
+    one.forget()
+    crew.reloading.lose(one)
+    assert crew.told(two) == [Prepare(1), Decide(1, commit=False)]
+    crew.reloading.hear(two, Decided(1))
+    assert crew.reloading.ends_by is None
+
+    crew = Crew()
+    one, two = crew.workers
+    crew.reloading.begin((one, 1))
+    for worker in crew.workers:
+        crew.reloading.hear(worker, Prepared(1, "v2"))
+    crew.reloading.hear(one, Decided(1))
+    two.forget()
+    crew.reloading.lose(two)
+    assert crew.told(one) == [Prepare(1), Decide(1, commit=True), Outcome(1)]
+
+
+def test_whoever_asks_meanwhile_is_told_so() -> None:
+    """And a second signal has no effect."""
+    crew = Crew()
+    one, two = crew.workers
+    crew.reloading.begin((one, 1))
+    crew.reloading.begin((two, 5))
+    crew.reloading.begin()
+    assert crew.told(one) == [Prepare(1)]
+    prepare, outcome = crew.told(two)
+    assert (prepare, outcome.ticket, outcome.running) == (Prepare(1), 5, True)
+
+
+def test_a_worker_that_was_starting_loads_its_model_again_when_it_takes_connections() -> None:
+    """It may have read the files before they changed; one that starts after that has read the new ones."""
+    crew = Crew()
+    one, two = crew.workers
+    two.up_since = None
+    crew.reloading.begin()
+    assert crew.all_told() == [[Prepare(1)], []]
+    two.up_since = 1.0
+    crew.reloading.go_on()
+    assert crew.told(two) == [], "not before the others have ended"
+    crew.reloading.hear(one, Prepared(1, "v2"))
+    crew.reloading.hear(one, Decided(1))
+    assert crew.all_told() == [[Decide(1, commit=True)], [Prepare(2)]]
+    crew.reloading.hear(two, Prepared(2, "v2"))
+    crew.reloading.hear(two, Decided(2))
+    two.forget()
+    crew.start(two)
+    two.up_since = 2.0
+    crew.reloading.go_on()
+    assert crew.told(two) == []
+
+
+def test_a_worker_that_never_says_what_came_of_it_is_ended() -> None:
+    """Its end lets the others go on."""
+    crew = Crew()
+    one, two = crew.workers
+    crew.reloading.begin()
+    crew.reloading.hear(one, Prepared(1, "v2"))
+    assert crew.reloading.ends_by is not None
+    process: Any = two.process
+    crew.reloading.give_up()
+    process.kill.assert_called_once()
+    two.forget()
+    crew.reloading.lose(two)
+    assert crew.told(one) == [Prepare(1), Decide(1, commit=False)]
+
+
+def test_a_worker_that_reads_nothing_is_ended_and_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is told is more than the line holds."""
+    monkeypatch.setattr(worker_module, "STUCK", 1)
+    crew = Crew(1)
+    (worker,) = crew.workers
+    process: Any = worker.process
+    assert worker.line is not None
+    limit(worker.line.connection)
+    large = [Metric("guardserve_x", "x" * 2**24, "gauge")]
+    began = time.monotonic()
+    assert not worker.tell(Pooled(1, large, "", Seen(), None))
+    assert time.monotonic() - began < 20
+    process.kill.assert_called_once()
+
+
+def test_the_last_word_of_a_worker_stays_whatever_comes_after_it() -> None:
+    """A report that was on its way would put its counters back."""
+    supervisor = Supervisor(print, (), sockets=[], workers=1, pool=Pool(), timeout=1)
+    (worker,) = supervisor._workers
+    last = Report(None, [CounterMetricFamily("guardserve_x", "x", value=9)])
+    for report, kept in ((Report(1, []), Report(1, [])), (last, last), (Report(2, []), last)):
+        supervisor._reported(worker, report)
+        assert worker.report == kept
+
+
+@contextmanager
+def linked(runtime: Runtime) -> Iterator[tuple[Link, Line, Metrics, threading.Event]]:
+    """Give a worker's end of a line, the supervisor's, its metrics, and what says that it was told to leave."""
+    mine, theirs = Pipe()
+    link, metrics, left = Link(theirs), Metrics(runtime), threading.Event()
+    metrics.follow(runtime, ENGINE, "1")
+    link.attach(metrics, left.set)
+    with mine:
+        yield link, Line(mine), metrics, left
+
+
+def test_a_worker_hears_though_its_supervisor_does_not_read_what_it_says() -> None:
+    """Each would wait for the other to read, for ever."""
+    runtime = Runtime(loaded(Net()))
+    with linked(runtime) as (_, supervisor, metrics, left):
+        with mock.patch.object(metrics.registry, "collect", return_value=[Metric("x", "x" * 2**24, "gauge")]):
+            for number in range(20):
+                supervisor.send(Collect(number, 0.0))
+            supervisor.send(Hurry())
+            assert left.wait(30)
+            rounds = [supervisor.receive().round for _ in range(20)]
+        assert rounds == list(range(20))
+    runtime.close()
+
+
+def test_every_sample_around_a_reload_is_reported_once(tmp_path: Path) -> None:
+    """Those that the old version still sees, those that the new one sees before it is asked, and not its probe's."""
+    torch.manual_seed(0)
+    profile = ReferenceProfile.fit(Net().eval(), [torch.randn(300, 3)], target_arl=1000)
+    old, new = (Runtime(loaded(Net()), reference=profile, target_arl=1000) for _ in range(2))
+    old.start()
+    x = torch.randn(8, 3)
+    path = tmp_path / "profile"
+    profile.save(path)
+    pool = Pool(reference=path, target_arl=1000)
+    with (
+        linked(old) as (link, supervisor, metrics, _),
+        mock.patch.object(metrics.registry, "collect", return_value=[]),
+    ):
+
+        def report(number: int) -> Report:
+            supervisor.send(Collect(number, 0.0))
+            found: Report = supervisor.receive()
+            pool.judge([found])
+            return found
+
+        metrics.begin_summaries()
+        old.forward([x])
+        assert [summary.samples.sum() for summary in report(1).summaries] == [8]
+        old.forward([x])
+        new.start()
+        metrics.follow(new, ENGINE, "2")
+        for runtime in (old, new, new):
+            runtime.forward([x])
+        old.close()
+        metrics.leave(old)
+        assert sum(summary.samples.sum() for summary in report(2).summaries) == 32
+        assert report(3).summaries == []
+        new.forward([x])
+        new.close()
+        link.close()
+        last: Report = supervisor.receive()
+        pool.judge([last])
+        assert (last.round, sum(summary.samples.sum() for summary in last.summaries)) == (None, 8)
+    assert pool.detection is not None
+    assert pool.detection.samples == 48
+
+
+def test_a_call_to_one_worker_is_its_supervisors_to_answer() -> None:
+    """It is asked, loads nothing by itself, and says what the supervisor says; without that it is told so."""
+
+    async def ask(link: Link, supervisor: Line, outcome: Outcome | None) -> None:
+        asking = asyncio.ensure_future(link.reload())
+        message = await asyncio.get_running_loop().run_in_executor(None, supervisor.receive)
+        assert isinstance(message, Reload)
+        if outcome is None:
+            supervisor.connection.close()
+        else:
+            supervisor.send(Outcome(message.ticket, outcome.failure, outcome.running))
+        await asyncio.wait_for(asking, 30)
+
+    runtime = Runtime(loaded(Net()))
+    with linked(runtime) as (link, supervisor, _, left):
+        asyncio.run(ask(link, supervisor, Outcome(0)))
+        with pytest.raises(ReloadRunningError, match="twice"):
+            asyncio.run(ask(link, supervisor, Outcome(0, "twice", running=True)))
+        with pytest.raises(ReloadError, match="no file"):
+            asyncio.run(ask(link, supervisor, Outcome(0, "no file")))
+        with pytest.raises(ReloadError, match="supervisor of this worker is gone"):
+            asyncio.run(ask(link, supervisor, None))
+        assert left.wait(30)
+    runtime.close()
+
+
+def test_a_worker_prepares_and_then_does_what_is_decided() -> None:
+    """It answers with the old version until it is told, with the new one afterwards, or never."""
+    models = iter([Net(1.0), Net(2.0)])
+
+    def load(_: Runtime) -> Runtime:
+        return Runtime(loaded(next(models)))
+
+    async def told() -> None:
+        runtime = Runtime(loaded(Net()))
+        mine, theirs = Pipe()
+        link, supervisor = Link(theirs), Line(mine)
+        app = create_app(runtime, load=load, together=link.reload)
+        link.attach(app.metrics, lambda: None)
+        loop = asyncio.get_running_loop()
+
+        async def said() -> Any:
+            return await asyncio.wait_for(loop.run_in_executor(None, supervisor.receive), 60)
+
+        async with app.router.lifespan_context(app):
+            await loop.run_in_executor(None, wait_until, lambda: runtime.failure is None)
+            link.up(app.versions)
+            await said()
+            first = app.gateway.inference
+            supervisor.send(Prepare(1))
+            prepared = await said()
+            assert prepared.failure is None
+            assert app.gateway.inference is first
+            supervisor.send(Decide(1, commit=False))
+            assert await said() == Decided(1)
+            supervisor.send(Prepare(2))
+            prepared = await said()
+            supervisor.send(Decide(2, commit=True))
+            assert await said() == Decided(2)
+            assert app.gateway.inference.versions[-1] == prepared.version != first.versions[-1]
+            supervisor.send(Prepare(3))
+            assert "StopIteration" in (await said()).failure
+            assert app.metrics.reloads == {"done": 1, "failed": 2}
+
+    asyncio.run(told())
