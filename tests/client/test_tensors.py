@@ -26,7 +26,7 @@ def test_every_datatype_with_a_numpy_type_comes_back_as_it_was(data: st.DataObje
     back = decode(content, name, shape)
     np.testing.assert_array_equal(back, array)
     assert back.flags.writeable
-    served = decode_binary(memoryview(bytes(content)), DATATYPES[datatype], shape)
+    served = decode_binary(memoryview(bytes(content)), DATATYPES[datatype], tuple(shape))
     np.testing.assert_array_equal(served.numpy(), array)
 
 
