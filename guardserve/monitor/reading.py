@@ -42,6 +42,10 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 _KEPT_CELLS = 1024
 
+_CHUNK = 2**18
+
+_MOST_SCRATCH = 2**22
+
 
 @dataclass(slots=True)
 class Reading:
@@ -291,7 +295,45 @@ class Plan:
         return offset, tuple(len(part) for part in chosen), stride
 
 
-def read(index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor) -> Reading:
+class Scratch:
+    """Memory for what a thread reads in a forward on the CPU, until the next :meth:`rewind`.
+
+    Allocated between a model's activations it would scatter these, and their memory would grow by a half.
+    """
+
+    def __init__(self) -> None:
+        self._work = torch.empty(0)
+        self._chunks: list[torch.Tensor] = []
+        self._chunk = self._used = 0
+
+    def rewind(self) -> None:
+        """Begin a forward: what was handed out may be handed out again."""
+        self._chunk = self._used = 0
+
+    def work(self, count: int) -> torch.Tensor:
+        """Return memory that is good until it is asked for again."""
+        if len(self._work) < count:
+            self._work = _memory(count)
+        return self._work[:count]
+
+    def result(self, count: int) -> torch.Tensor:
+        """Return memory that stays until the forward is over."""
+        while self._chunk < len(self._chunks) and len(self._chunks[self._chunk]) < self._used + count:
+            self._chunk, self._used = self._chunk + 1, 0
+        if self._chunk == len(self._chunks):
+            self._chunks.append(_memory(max(_CHUNK, count)))
+        start, self._used = self._used, self._used + count
+        return self._chunks[self._chunk][start : self._used]
+
+
+def _memory(count: int) -> torch.Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.empty(count, dtype=torch.float32, device="cpu")
+
+
+def read(
+    index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor, *, scratch: Scratch | None = None
+) -> Reading:
     """Read an activation.
 
     The anchor, near the mean if the layer fits, is taken off first. Like the second pass over the deviations, it
@@ -303,8 +345,13 @@ def read(index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tenso
         plan: The plan for its shape and strides.
         turn: The number of the forward.
         anchor: At least float32, shape ``(C, 1, ...)`` with as many ones as the plan has axes.
+        scratch: Memory to use on the CPU, and for what is returned too.
     """
-    deviation, count = _deviation(x, plan, turn, anchor), plan.count(turn)
+    count = plan.count(turn)
+    few = plan.uniform and math.prod(plan.size) <= _MOST_SCRATCH
+    if scratch is not None and few and x.is_cpu and anchor.dtype is torch.float32:
+        return Reading(index, *_read_into(scratch, x, plan, turn, anchor), count)
+    deviation = _deviation(x, plan, turn, anchor)
     if count == 1:
         return Reading(index, deviation, None, 1)
     axes = plan.axes
@@ -315,22 +362,49 @@ def read(index: int, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tenso
     return Reading(index, total, deviation.sub_(total, alpha=1 / count).square_().sum(axes), count)
 
 
+def _read_into(
+    scratch: Scratch, x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the sums that :func:`read` takes, in memory that is there."""
+    count, size = plan.count(turn), plan.size
+    deviation = _arranged((scratch.result if count == 1 else scratch.work)(math.prod(size)), x, size)
+    _subtract(x, plan, turn, anchor, deviation)
+    if count == 1:
+        return deviation, None
+    rows, axes = math.prod(size[:2]), plan.axes
+    total = scratch.result(rows).view(*size[:2], *[1 for _ in axes])
+    torch.sum(deviation, axes, keepdim=True, out=total)
+    squares = scratch.result(rows).view(size[:2])
+    torch.sum(deviation.sub_(total, alpha=1 / count).square_(), axes, out=squares)
+    return total, squares
+
+
 def _deviation(x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor) -> torch.Tensor:
     """Return how far what is read is from the anchor, ``(N, C, *positions)``."""
     cells, start = plan.cells(turn), x.storage_offset()
     if len(cells) == 1 and cells[0].rounds is None:
         return x.as_strided(cells[0].size, cells[0].stride, start + cells[0].offset) - anchor
-    last = x.stride(1) == 1  # keep channels together where they are
-    rows, channels, *size = plan.size
-    deviation = x.new_empty([rows, *size, channels] if last else plan.size, dtype=anchor.dtype)
-    if last:
-        deviation = deviation.movedim(-1, 1)
-    for cell in cells:
+    deviation = _arranged(x.new_empty(math.prod(plan.size), dtype=anchor.dtype), x, plan.size)
+    _subtract(x, plan, turn, anchor, deviation)
+    return deviation
+
+
+def _arranged(memory: torch.Tensor, x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """View memory as what is read of an activation, with channels together where they are so there."""
+    if x.stride(1) != 1:
+        return memory.view(size)
+    rows, channels, *positions = size
+    return memory.view(rows, *positions, channels).movedim(-1, 1)
+
+
+def _subtract(x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor, deviation: torch.Tensor) -> None:
+    """Write down how far what is read is from the anchor."""
+    start = x.storage_offset()
+    for cell in plan.cells(turn):
         out = deviation[cell.samples]
         if cell.rounds is not None:
             out = out.view(cell.rounds, -1, *out.shape[1:])
         torch.sub(x.as_strided(cell.size, cell.stride, start + cell.offset), anchor, out=out)
-    return deviation
 
 
 class Rows(NamedTuple):

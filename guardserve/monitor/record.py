@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from guardserve.monitor.reading import Reading, Rows, side_by_side
+from guardserve.monitor.reading import Reading, Rows, Scratch, side_by_side
 from guardserve.monitor.workspace import Layout, Place, Sheet, Slot
 
 _CHANNELS = 2**13
@@ -29,6 +29,7 @@ class Record:
         sheet: What has these slots.
         key: What a workspace is to be kept by that this forward shows the need of.
         places: Where it read, to lay that out.
+        scratch: What holds the readings until the forward is over.
     """
 
     __slots__ = (
@@ -39,6 +40,7 @@ class Record:
         "readings",
         "ready",
         "samples",
+        "scratch",
         "seconds",
         "sheet",
         "sink",
@@ -57,6 +59,7 @@ class Record:
         self.sheet: Sheet | None = None
         self.slots = slots
         self.taken = 0
+        self.scratch: Scratch | None = None
         self.key: tuple[torch.Size, int | None, bool] | None = None
         self.places: list[Place] = []
         self.bundle: Layout | None = None
@@ -127,27 +130,30 @@ class Record:
     def close(self) -> None:
         """End a forward: what was written down is all that it showed, or makes readings like the others."""
         sheet = self.sheet
-        if sheet is None:
-            self._compact()
-            return
-        if self.taken == len(sheet.workspace.order) and not self.readings:
-            self.bundle = sheet.workspace
-            if not sheet.wait():
-                self._rows = sheet.rows().copy()
-                self._give_back()
-            return
-        if self.taken:  # it took another way
-            taken = {i for i, slot in enumerate(self.slots) if slot is not None and slot.turn == self.turn}
-            parts = [part for part in sheet.workspace.parts(sheet.rows().copy()) if part[0] in taken]
-            self.readings += [Reading.of(index, rows) for index, rows in parts]
-        self._give_back()
+        if sheet is not None:
+            if self.taken == len(sheet.workspace.order) and not self.readings:
+                self.bundle = sheet.workspace
+                if not sheet.wait():
+                    self._rows = sheet.rows().copy()
+                    self._give_back()
+                return
+            if self.taken:  # it took another way
+                taken = {i for i, slot in enumerate(self.slots) if slot is not None and slot.turn == self.turn}
+                parts = [part for part in sheet.workspace.parts(sheet.rows().copy()) if part[0] in taken]
+                self.readings += [Reading.of(index, rows) for index, rows in parts]
+            self._give_back()
+        self._compact()
 
     def _compact(self) -> None:
-        """Put readings side by side now: many small tensors that wait between large ones would scatter the memory."""
+        """Take the readings out of the thread's memory, side by side if they can be."""
         if len(self.readings) > 1 and self.whole and all(reading.total.is_cpu for reading in self.readings):
             widths = tuple(reading.total.shape[1] for reading in self.readings)
             self._rows, order = side_by_side(self.readings), self.order
             self.bundle, self.readings = Layout(order, order, widths), []
+            return
+        for reading in self.readings:
+            reading.total = reading.total.clone()
+            reading.squares = None if reading.squares is None else reading.squares.clone()
 
     def _give_back(self) -> None:
         sheet, self.sheet = self.sheet, None

@@ -30,7 +30,7 @@ from guardserve.monitor.compiled import (
     read_in_graph,
     uncompiled,
 )
-from guardserve.monitor.reading import VALUES, Plan, Reading, read
+from guardserve.monitor.reading import VALUES, Plan, Reading, Scratch, read
 from guardserve.monitor.record import Record
 from guardserve.monitor.workspace import Place, Sheets, Slot, Workspace, fits
 from guardserve.nonfinite import named_tensors
@@ -94,7 +94,7 @@ class _Tap:
             if len(self._plans) >= _KEPT_PLANS:
                 self._plans.clear()
             self._plans[key] = planned
-        record.readings.append(read(self.index, x, planned[0], record.turn, planned[1]))
+        record.readings.append(read(self.index, x, planned[0], record.turn, planned[1], scratch=record.scratch))
         if record.key is not None:
             record.places.append(Place(self.index, x.shape, x.stride(), *planned))
 
@@ -253,6 +253,8 @@ class Taps:
                 record.slots = sheet.turn_to(turn)
             elif key not in self._workspaces:
                 record.key = key
+        record.scratch = self._open.scratch
+        record.scratch.rewind()
         if turn % TIMED == 0:
             record.seconds = began
             record.spent = time.perf_counter() - began
@@ -356,11 +358,12 @@ class Taps:
 
 
 class _Open(threading.local):
-    """What a thread has of its own: the record of the forward that it is in, and what compiled code read of it."""
+    """What a thread has of its own: the record of the forward that it is in, what compiled code read of it, memory."""
 
     def __init__(self) -> None:
         self.record: Record | None = None
         self.traced = Traced()
+        self.scratch = Scratch()
 
 
 _IGNORED = Record(0, 0, None, [])

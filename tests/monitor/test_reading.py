@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardserve.monitor.reading import FEW_POSITIONS, MIN_POSITIONS, Plan, read, side_by_side
+from guardserve.monitor.reading import FEW_POSITIONS, MIN_POSITIONS, Plan, Scratch, read, side_by_side
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 3), st.integers(1, 4)),
@@ -22,11 +22,17 @@ EPSILON = {torch.float64: 2e-16, torch.float32: 1.2e-7, torch.float16: 1.2e-7, t
 
 
 def observe(
-    x: torch.Tensor, anchor: torch.Tensor, values: int | None = None, turn: int = 0, samples: int | None = None
+    x: torch.Tensor,
+    anchor: torch.Tensor,
+    values: int | None = None,
+    turn: int = 0,
+    samples: int | None = None,
+    *,
+    scratch: Scratch | None = None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Return mean over positions relative to the anchor, variance, and the number of positions that were read."""
     plan = Plan(x.shape, x.stride(), values, samples)
-    reading = read(0, x, plan, turn, anchor.reshape(-1, *[1 for _ in plan.axes]))
+    reading = read(0, x, plan, turn, anchor.reshape(-1, *[1 for _ in plan.axes]), scratch=scratch)
     rows = side_by_side([reading])
     variance = np.zeros_like(rows.mean) if rows.variance is None else rows.variance
     return rows.mean.astype(np.float64), variance.astype(np.float64), plan.count(turn)
@@ -51,9 +57,10 @@ def activations(shape: tuple[int, ...], offset: float, dtype: torch.dtype, seed:
     st.sampled_from(list(EPSILON)),
     st.sampled_from(["plain", "channels_last", "sliced", "turned"]),
     st.booleans(),
+    st.booleans(),
 )
-def test_reading_all_equals_float64_numpy(
-    shape: tuple[int, ...], offset: float, dtype: torch.dtype, layout: str, knows: bool
+def test_reading_all_equals_float64_numpy(  # noqa: PLR0917 - hypothesis draws them
+    shape: tuple[int, ...], offset: float, dtype: torch.dtype, layout: str, knows: bool, scratch: bool
 ) -> None:
     """Every rank, type and layout, batch 1, one position, and means 10,000 times the deviation.
 
@@ -65,7 +72,7 @@ def test_reading_all_equals_float64_numpy(
     exact = x.double().flatten(2).numpy() if x.ndim > 2 else x.double().unsqueeze(-1).numpy()
     wide = torch.promote_types(dtype, torch.float32)
     anchor = torch.full((shape[1],), offset if knows else 0.0, dtype=wide)
-    mean, variance, _ = observe(x, anchor)
+    mean, variance, _ = observe(x, anchor, scratch=Scratch() if scratch else None)
     away = np.abs(exact - anchor[0].item()).max()
     np.testing.assert_allclose(mean, exact.mean(-1) - anchor[0].item(), atol=8 * EPSILON[dtype] * away)
     tolerance = 16 * EPSILON[dtype] * (1 + exact.var(-1).max()) + (16 * EPSILON[dtype] * away) ** 2

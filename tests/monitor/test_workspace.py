@@ -175,6 +175,35 @@ def test_forwards_of_one_way_too_many_are_counted_layer_by_layer(monkeypatch: py
     assert [layer.samples for layer in snapshot.layers] == [15, 15]
 
 
+@pytest.mark.parametrize("build", [net, Skipping])
+def test_a_large_forward_is_read_in_memory_that_the_thread_keeps_and_its_record_in_its_own(
+    build: Callable[[], nn.Module], records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits is not written over by the forwards that follow, however they go."""
+    monkeypatch.setattr(workspace, "MOST_VALUES", 0)
+    model = build().eval()
+    shape = (4, 4) if build is Skipping else (4, 3, 16, 16)
+    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    taps = Taps(model, records.append, None)
+    with torch.inference_mode():
+        for x in inputs:
+            model(x)
+        together = [record.parts() for record in records]
+        records.clear()
+        for x in inputs:
+            model(x)
+            (record,) = records
+            alone = record.parts()
+            assert [index for index, _ in alone] == [index for index, _ in together[0]]
+            for (_, one), (_, other) in zip(alone, together.pop(0), strict=True):
+                np.testing.assert_allclose(one.mean, other.mean, rtol=1e-5, atol=1e-6)
+                assert (one.variance is None) == (other.variance is None)
+                if one.variance is not None and other.variance is not None:
+                    np.testing.assert_allclose(one.variance, other.variance, rtol=1e-5, atol=1e-6)
+            records.clear()
+    taps.close()
+
+
 def test_the_thread_frees_memory_before_there_is_enough_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few samples stay pending, but what they hold is summed up; they are all counted when somebody asks."""
     monkeypatch.setattr(workspace, "MOST_WAITING", 2 * 2**12)

@@ -1,0 +1,122 @@
+"""Inlets: looking at what enters BatchNorm layers without forward hooks."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from guardserve import fuse
+from guardserve.inlets import Inlet, has_inlet, on_input
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Own(nn.BatchNorm2d):
+    """A layer with a forward of its own, which asks nothing."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - BatchNorm's own name for it
+        """Scale the input."""
+        return 2 * input
+
+
+def net() -> nn.Sequential:
+    """Return a small model in eval mode."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+
+
+@pytest.mark.parametrize("build", [lambda: nn.BatchNorm2d(3), nn.LazyBatchNorm2d, lambda: Own(3)])
+def test_a_look_is_had_at_each_input_by_position_or_by_name(build: Callable[[], nn.Module]) -> None:
+    """Also where a layer has no inlet and takes a hook; afterwards nothing is left of it."""
+    layer, seen = build().eval(), list[tuple[nn.Module, torch.Tensor]]()
+    handle = on_input(layer, lambda *both: seen.append(both))
+    assert has_inlet(layer) is not isinstance(layer, Own)
+    layer(X)
+    layer(input=X)
+    assert [(looked is layer, x is X) for looked, x in seen] == [(True, True)] * 2
+    handle.remove()
+    handle.remove()
+    layer(X)
+    assert len(seen) == 2
+    assert not layer._forward_pre_hooks
+    assert "_check_input_dim" not in vars(layer)
+
+
+def test_several_look_in_order_and_leave_in_any() -> None:
+    """One that goes leaves the others, and the layer's own check comes last."""
+    layer, seen = nn.BatchNorm2d(3).eval(), list[str]()
+    handles = [on_input(layer, lambda *_, name=name: seen.append(name)) for name in "abc"]
+    layer(X)
+    handles[1].remove()
+    layer(X)
+    assert seen == ["a", "b", "c", "a", "c"]
+    with pytest.raises(ValueError, match="expected 4D input"):
+        layer(torch.zeros(2, 3))
+    assert seen[5:] == ["a", "c"]
+
+
+def test_copies_pickles_scripts_and_fused_copies_are_not_looked_at() -> None:
+    """They answer as the model does, and the model itself is looked at still."""
+    model, seen = net(), list[torch.Tensor]()
+    on_input(model[1], lambda _, x: seen.append(x))
+    expected = model(X)
+    seen.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script = torch.jit.script(model)
+        file = io.BytesIO(script.save_to_buffer())  # type: ignore[no-untyped-call]
+        others = [script, torch.jit.load(file)]  # type: ignore[no-untyped-call]
+    others += [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fuse(model, X)]  # noqa: S301 - our own bytes
+    seen.clear()
+    for other in others:
+        torch.testing.assert_close(other(X), expected)
+    assert not seen
+    copied = others[2][1]
+    on_input(copied, lambda _, x: seen.append(x))
+    others[2](X)
+    model(X)
+    assert len(seen) == 2
+
+
+def test_a_layer_that_keeps_a_check_or_a_forward_of_its_own_takes_a_hook() -> None:
+    """What somebody else has put there stays."""
+    layer, calls = nn.BatchNorm2d(3).eval(), list[str]()
+    vars(layer)["_check_input_dim"] = lambda _: calls.append("check")
+    handle = on_input(layer, lambda *_: calls.append("look"))
+    layer(X)
+    handle.remove()
+    layer(X)
+    assert calls == ["look", "check", "check"]
+
+
+def test_the_garbage_collector_may_remove_one_while_another_is_added() -> None:
+    """It may come upon a dropped handle's owner in the midst of that."""
+    layer, seen = nn.BatchNorm2d(3).eval(), list[str]()
+
+    class Owner:
+        def __init__(self) -> None:
+            self.itself = self
+            self.handle = on_input(layer, lambda *_: seen.append("dropped"))
+
+        def __del__(self) -> None:
+            self.handle.remove()
+
+    threshold = gc.get_threshold()
+    for _ in range(20):
+        Owner()
+        gc.set_threshold(1)
+        handle = on_input(layer, lambda *_: seen.append("kept"))
+        gc.set_threshold(*threshold)
+        gc.collect()
+        layer(X)
+        assert isinstance(vars(layer)["_check_input_dim"], Inlet)
+        assert seen == ["kept"]
+        seen.clear()
+        handle.remove()
