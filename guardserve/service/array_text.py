@@ -45,6 +45,11 @@ class ArrayText:
         """Return its bytes."""
         return self._end - self._start
 
+    @property
+    def has_booleans(self) -> bool:
+        """Whether true or false stands in it, or what begins like that."""
+        return self._body.find(b"t", self._start, self._end) >= 0 or self._body.find(b"f", self._start, self._end) >= 0
+
     def whole(self) -> list[Any]:
         """Parse it at once.
 

@@ -192,6 +192,9 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Go on with a request whose headers are whole."""
         self._check_size(sum(map(len, chain.from_iterable(self.headers)), len(self.url)))
+        codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if codings not in ([], [b"chunked"]):  # the parser would pass a body on in a coding that nobody undoes
+            raise httptools.HttpParserError("its transfer coding is not chunked")
         if self.parser.should_upgrade():  # it is read again, see _parse
             return
         self._stage, self._unread = "headers", 0

@@ -146,9 +146,10 @@ def _read(text: ArrayText, dtype: torch.dtype, shape: Sequence[int], hold: Hold)
     if 2 * count > len(text) or not count:  # a value and what is behind it take two bytes at least
         raise ValueError(f"data of {len(text)} bytes does not hold the {count} values that shape {list(shape)} takes")
     hold(count * dtype.itemsize)
+    pure = not text.has_booleans
     array: Array = np.empty(count, np.bool_ if dtype is torch.bool else _STORAGE[dtype])
     for values in text.lists(shape):
-        numbers = _to_array(values, dtype, found)
+        numbers = _to_array(values, dtype, found, pure=pure)
         part = array[found : found + len(numbers)]
         part[:] = numbers[: len(part)]
         found += len(numbers)
@@ -174,7 +175,7 @@ def _flatten(data: list[Any], shape: Sequence[int]) -> list[Any]:
     return data
 
 
-def _to_array(values: list[Any], dtype: torch.dtype, before: int = 0) -> Array:
+def _to_array(values: list[Any], dtype: torch.dtype, before: int = 0, *, pure: bool = False) -> Array:
     """Convert a flat list strictly.
 
     ``array.array`` is as fast as numpy and refuses what numpy would convert: strings, null, floats for integers,
@@ -184,6 +185,7 @@ def _to_array(values: list[Any], dtype: torch.dtype, before: int = 0) -> Array:
         values: The list.
         dtype: What its values are to be.
         before: Values of the same tensor before them.
+        pure: Whether it is known that none is a bool.
 
     Raises:
         ValueError: A value is none.
@@ -197,7 +199,7 @@ def _to_array(values: list[Any], dtype: torch.dtype, before: int = 0) -> Array:
         numbers = np.frombuffer(array(storage.char, values), storage)
     except (TypeError, OverflowError):
         raise _misfit(values, dtype, before) from None
-    suspects = (numbers == 0) | (numbers == 1)
+    suspects = np.zeros(0, np.bool_) if pure else (numbers == 0) | (numbers == 1)
     if suspects.any() and bool in set(map(type, compress(values, suspects.tobytes()))):
         raise _misfit(values, dtype, before)
     return _narrow(numbers, before) if dtype is torch.float32 else numbers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -211,7 +212,12 @@ class Inference:
             if is_small(body, headers):
                 request = self._read(body, headers, held)
             else:
-                request = await self._aside(functools.partial(self._read, body, headers, held))
+                timeout = self._limits.request_timeout
+                late = math.inf if timeout is None else time.monotonic() + timeout
+                reading = await self._aside(functools.partial(self._read_before, late, body, headers, held))
+                if reading is None:
+                    return OUTCOMES["expired"]
+                request = reading
             del body
             job = self._submit(request, functools.partial(_end, ended), receive)
         except GuardserveError as error:
@@ -293,6 +299,10 @@ class Inference:
             return await asyncio.get_running_loop().run_in_executor(self._coder, function)
         finally:
             self._coding -= 1
+
+    def _read_before(self, late: float, body: bytes, headers: Mapping[bytes, bytes], held: Held) -> InferRequest | None:
+        """Read a request, unless others took so long that it is too late by now."""
+        return None if time.monotonic() >= late else self._read(body, headers, held)
 
     def _read(self, body: bytes, headers: Mapping[bytes, bytes], held: Held) -> InferRequest:
         encoding = headers.get(b"content-encoding")

@@ -207,6 +207,19 @@ def test_what_is_no_http_is_refused_in_the_protocols_form(garbage: bytes) -> Non
         assert [line for line in read_all(second).splitlines() if line.startswith(b"HTTP")] == [b"HTTP/1.1 200 OK"]
 
 
+@pytest.mark.parametrize(
+    "coding", [b"gzip, chunked", b"identity", b"chunked, identity", b"chunked\r\nTransfer-Encoding: gzip"]
+)
+def test_a_body_in_a_transfer_coding_that_nobody_undoes_is_refused(coding: bytes) -> None:
+    """Chunked alone is one; it may be written in any case."""
+    parts = b"\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(content()), content())
+    with serving(Waits()) as client, raw(client) as sock, raw(client) as other:
+        sock.sendall(POST + b"Transfer-Encoding: " + coding + parts)
+        refused(read_all(sock), 400)
+        other.sendall(POST + b"Connection: close\r\nTransfer-Encoding:  Chunked " + parts)
+        assert read_all(other).startswith(b"HTTP/1.1 200")
+
+
 def test_a_body_in_parts_that_are_none_is_refused() -> None:
     """While its request waits for it."""
     with serving(Waits()) as client, raw(client) as sock:

@@ -21,6 +21,8 @@ from serving import metric, serving, wait_until
 from torch import nn
 
 from guardserve.service import connection
+from guardserve.service.inference import Inference
+from guardserve.service.request import InferRequest
 from guardserve.signature import TensorSpec
 
 INFER = "/v2/models/net/infer"
@@ -330,6 +332,25 @@ def test_what_is_made_of_a_body_counts_as_held() -> None:
         for sent, headers in bodies.values():
             for _ in range(4):  # nothing stays held
                 assert client.post(INFER, content=sent, headers=headers).status_code == 200
+
+
+def test_a_large_request_that_waits_too_long_to_be_read_gets_504(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that came before it took its time, and nobody waits for it any more."""
+    reading, read = threading.Event(), Inference._read
+
+    def slowly(*arguments: Any) -> InferRequest:
+        reading.set()
+        time.sleep(1.0)
+        return read(*arguments)
+
+    monkeypatch.setattr(Inference, "_read", slowly)
+    sent = gzip.compress(json.dumps(body(1)).encode())
+    with serving(Gate(), request_timeout=0.6) as client, ThreadPoolExecutor(1) as thread:
+        first = thread.submit(client.post, INFER, content=sent, headers={"Content-Encoding": "gzip"})
+        assert reading.wait(10)
+        assert client.post(INFER, content=sent, headers={"Content-Encoding": "gzip"}).status_code == 504
+        assert first.result().status_code == 200
+        assert errors(client, "timeout") == 1
 
 
 def test_others_are_answered_while_a_compressed_bomb_of_json_is_read() -> None:
