@@ -102,10 +102,14 @@ class Connection(HttpToolsProtocol):
     max_connections = 1024
 
     def connection_made(self, transport: Any) -> None:
-        """Begin, unless there are far too many already."""
+        """Begin, unless there are far too many already; the one that has said nothing for longest then makes room."""
         if len(self.connections) >= self.max_connections + SLACK:
-            transport.abort()
-            return
+            others: Any = self.connections
+            silent = [other for other in others if other.cycle is None and not other.transport.is_closing()]
+            if not silent:
+                transport.abort()
+                return
+            min(silent, key=_since).transport.abort()
         super().connection_made(transport)
         self.flow = _Flow(transport, self.pipeline)
         self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
@@ -389,6 +393,11 @@ class Connection(HttpToolsProtocol):
         self._waiting = None
         if self._stage == "headers":
             self._give_up()
+
+
+def _since(connection: Connection) -> float:
+    """Return when a connection ends if it sends no request, which tells how long it has been there."""
+    return 0.0 if connection._waiting is None else connection._waiting.when()  # noqa: SLF001 - one of its own kind
 
 
 _written: tuple[Sequence[tuple[bytes, bytes]], bytes] = ((), b"")

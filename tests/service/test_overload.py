@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,23 @@ def test_more_connections_than_may_be_get_503_but_health_and_metrics_answer() ->
                 fifth.sendall(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n")
                 assert b"guardserve_model_ready" in read_all(fifth), "and the connection was closed"
         wait_until(lambda: client.post(INFER, json=body(3)).status_code == 200, timeout=5)
+
+
+def test_connections_that_say_nothing_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, health is answered; those that have asked for something keep theirs."""
+    monkeypatch.setattr(connection, "SLACK", 2)
+    with serving(Gate(), max_connections=3) as client, ExitStack() as stack:
+        assert client.get("/v2/health/live").status_code == 200
+        silent = [stack.enter_context(raw(client)) for _ in range(20)]
+        for one in silent:
+            with suppress(ConnectionError):
+                one.sendall(b"GET / HT")
+        assert client.get("/v2/health/live").status_code == 200
+        for _ in range(5):
+            health = httpx.get(f"{client.base_url}/v2/health/live", trust_env=False)
+            assert health.status_code == 200
+        assert read_all(silent[0]) == b""
+        assert client.get("/v2/health/live").status_code == 200
 
 
 @pytest.mark.parametrize("start", [b"", b"POST /v2/models/net/infer HT", b"GET / HTTP/1.1\r\nHost: te"])
