@@ -39,17 +39,17 @@ _log = logging.getLogger(__name__)
 SUBWINDOWS = 8
 """A window is this many merged sub-windows; it forgets one at a time, and nothing is ever subtracted."""
 
-PENDING = 64
+PENDING = 32
 """Forwards that may wait, about, before the monitor's thread is woken to accumulate them."""
 
-PENDING_VALUES = 2**19
+PENDING_VALUES = 2**18
 """Numbers that they may come to, in all channels of all samples."""
 
 MOST_PENDING = 2 * PENDING
 """Forwards that may wait, about, before the one that brings more does the work: nothing is dropped."""
 
 _FEW = 4
-"""So many may wait, however much they come to."""
+"""For fewer it is not worth while, however much they come to."""
 
 
 class Monitor:
@@ -450,7 +450,7 @@ class Monitor:
             record.sink += [math.nan] * (due - len(record.sink))  # whatever went wrong
             return
         load = self._load(record)
-        if load > MOST_PENDING / PENDING and len(self._pending) > _FEW:
+        if load > MOST_PENDING / PENDING:
             self._work()
         elif load >= 1 or record.urgent:
             self._worker.wake()
@@ -458,7 +458,7 @@ class Monitor:
     def _load(self, record: Record) -> float:
         """Return how much is pending, if all of it is like one record: from 1 on it is worth the work."""
         forwards = len(self._pending)
-        return max(forwards / PENDING, forwards * record.size / PENDING_VALUES)
+        return max(forwards / PENDING, min(forwards / _FEW, forwards * record.size / PENDING_VALUES))
 
     def _tend(self) -> None:
         """Judge what is pending if that is enough, else only sum it up: it holds memory."""
