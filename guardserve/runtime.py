@@ -252,7 +252,7 @@ class Runtime:
             ModelOutputError: If an output cannot be served, as when it has not one row for each sample.
             TrainingModeError: If the forward moved running statistics; see :class:`guardserve.EvalGuard`.
         """
-        rows = len(tensors[0])
+        rows = tensors[0].shape[0]
         p_values: list[float] | None = None
         if score:
             with self.monitor.scoring() as scores:

@@ -95,7 +95,7 @@ class Batch:
         return Result(outputs, errors, forward.p_values) if job.allow_nonfinite else Result.failed(errors[0])
 
     def _forward(self, tensors: Sequence[torch.Tensor], *, score: bool) -> Forward:
-        rows = len(tensors[0])
+        rows = tensors[0].shape[0]
         try:
             return self._timed(tensors, score=score)
         except torch.cuda.OutOfMemoryError as error:
@@ -113,7 +113,7 @@ class Batch:
         return _whole(halves)
 
     def _timed(self, tensors: Sequence[torch.Tensor], *, score: bool) -> Forward:
-        self._begin(len(tensors[0]))
+        self._begin(tensors[0].shape[0])
         try:
             return self._runtime.forward(tensors, score=score)
         except torch.cuda.OutOfMemoryError:

@@ -86,7 +86,7 @@ class Job:
         self.inputs = inputs
         self.score = score
         self.allow_nonfinite = allow_nonfinite
-        self.rows = len(inputs[0])
+        self.rows: int = inputs[0].shape[0]
         self.shape = tuple([(tensor.dtype, tensor.shape[1:]) for tensor in inputs])
         self.state: State = "new"
         self.queued_at = self.began_at = 0.0

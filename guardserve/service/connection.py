@@ -125,6 +125,7 @@ class Connection(HttpToolsProtocol):
         self._job: Pending | None = None
         self._known: _Known | None = None
         self._begun: tuple[Any, Mapping[bytes, bytes], bytes] | None = None
+        self._idle_since: float | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
@@ -142,7 +143,7 @@ class Connection(HttpToolsProtocol):
         """Take what has come; where nothing is being answered, wait only so long for the rest."""
         if self._stage == "refused":
             return
-        self._unset_keepalive_if_required()
+        self._idle_since = None
         rested = self._stage == "nothing" and not self._unread
         if rested and self._is_known(data):
             return
@@ -229,6 +230,30 @@ class Connection(HttpToolsProtocol):
                 self._answer(cycle, gateway, headers, body)
             else:
                 self._go_on()
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or wait for it: uvicorn's, but with a timer that many requests share."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._wait_for_request(self.timeout_keep_alive)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End a connection on which nothing has come for so long."""
+        self.timeout_keep_alive_task = None
+        if self._idle_since is None:
+            return
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._wait_for_request(left)
+        else:
+            super().timeout_keep_alive_handler()
 
     def shutdown(self) -> None:
         """Stop, once what was asked is answered; a body of which nothing has come is not waited for."""
@@ -364,6 +389,9 @@ class Connection(HttpToolsProtocol):
             self.transport.write(CONTINUE)
             asked = True
         self._looking = self.loop.call_later(LOOK_INTERVAL, functools.partial(self._look, cycle, asked=asked))
+
+    def _wait_for_request(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def _wait_for_client(self, unsent: int | None = None) -> None:
         """End the connection if nothing has been taken since there was so much to send."""

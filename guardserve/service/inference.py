@@ -26,6 +26,7 @@ from guardserve.service.body import MAX_REST, json_member
 from guardserve.service.holding import Held
 from guardserve.service.images import is_image, read_image_request
 from guardserve.service.limits import Limits
+from guardserve.service.mailbox import Mailbox
 from guardserve.service.protocol import InferRequest, ProtocolError, decompress
 from guardserve.service.request import RequestReader
 from guardserve.service.response import ResponseWriter
@@ -160,7 +161,7 @@ class Inference:
         self._writer = ResponseWriter(runtime.name, self.versions[-1])
         self._coder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardserve-coder")
         self._pending: dict[Pending, None] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._done: Mailbox[Sequence[Job]] | None = None
         self._patrolling = False
         self._arrivals = 0
         self._arrivals_seen = 0
@@ -173,7 +174,8 @@ class Inference:
         Returns:
             What tells, once the model was probed, why it did not pass, if so.
         """
-        loop = self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        self._done = Mailbox(self._settle)
         started: asyncio.Future[GuardserveError | None] = loop.create_future()
 
         def tell(failure: GuardserveError | None) -> None:
@@ -191,6 +193,8 @@ class Inference:
     async def close(self, timeout: float | None) -> None:
         """Finish the work that was accepted, for so many seconds, then stop the engine."""
         await asyncio.get_running_loop().run_in_executor(None, self.engine.close, timeout)
+        if self._done is not None:
+            self._done.close()
         self._coder.shutdown(wait=False)
 
     async def answer(self, body: bytes, headers: Mapping[bytes, bytes], receive: Receive, held: Held) -> Answer:
@@ -403,9 +407,8 @@ class Inference:
 
     def _deliver(self, jobs: Sequence[Job]) -> None:
         """Take back a batch, on the engine's thread."""
-        if self._loop is not None:
-            with suppress(RuntimeError):  # the loop was closed, with nobody left to wait for an answer
-                self._loop.call_soon_threadsafe(self._settle, jobs)
+        if self._done is not None:
+            self._done.put(jobs)
 
     def _settle(self, jobs: Sequence[Any]) -> None:
         self._alone = len(jobs) == 1 == len(self._pending)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 import threading
@@ -14,6 +15,7 @@ from unittest import mock
 import httpx
 import pytest
 import torch
+import uvicorn
 from serving import loaded, metric, serving, wait_until
 from torch import nn
 
@@ -181,6 +183,26 @@ def test_headers_that_are_those_of_the_last_request_are_not_parsed_again(short: 
         assert wire.first() == 2.5
         assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == 10
     assert short.call_count >= 8
+
+
+def test_a_connection_on_which_nothing_comes_is_ended_however_many_requests_it_had() -> None:
+    """So long after the last answer, and not before."""
+    app = create_app(Runtime(loaded(Echo())))
+    config = functools.partial(uvicorn.Config, timeout_keep_alive=1)
+    with (
+        mock.patch("guardserve.service.background.uvicorn.Config", config),
+        serve_in_background(app) as address,
+        httpx.Client(base_url=address, trust_env=False) as client,
+    ):
+        wait_until(lambda: client.get("/v2/health/ready").status_code == 200)
+        with connected(client) as wire:
+            for number in range(4):
+                time.sleep(0.4 if number else 0)
+                wire.socket.sendall(request(float(number)))
+                answered = time.monotonic()
+                assert wire.first() == number
+            assert wire.file.read() == b""
+            assert time.monotonic() - answered > 0.9
 
 
 def test_a_known_request_that_is_not_plain_any_more_takes_the_long_way() -> None:
