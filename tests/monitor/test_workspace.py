@@ -12,6 +12,7 @@ from torch import nn
 
 from guardserve import Monitor
 from guardserve.monitor import accumulation, workspace
+from guardserve.monitor.reading import Rows
 from guardserve.monitor.record import Record
 from guardserve.monitor.taps import Taps
 from guardserve.monitor.worker import Worker
@@ -98,6 +99,40 @@ def test_what_waits_is_what_its_own_forward_showed(samples: int, offset: float, 
         spread = np.concatenate([np.zeros_like(row.mean) if row.variance is None else row.variance for row in rows], 1)
         np.testing.assert_allclose(found, mean, rtol=1e-5, atol=2e-6 * (1 + offset))
         np.testing.assert_allclose(spread, variance, rtol=1e-4, atol=1e-5 * (1 + offset * 1e-3) ** 2)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("values", [None, 4 * 512])
+def test_what_is_summed_up_at_once_is_what_is_copied_and_summed_up_later(
+    values: int | None, memory_format: torch.memory_format, records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations and cells of them, of several samples, with values that are constant, large, infinite or NaN."""
+    model = nn.Sequential(nn.BatchNorm2d(4, eps=0), nn.BatchNorm2d(4, eps=0)).eval()
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 64, 64) + 10 * torch.randn(6, 4, 1, 1)
+    x[0], x[1] = 3.0, 1e15 * x[1]
+    x[2, 0], x[3, 1] = torch.inf, torch.nan
+    x = x.contiguous(memory_format=memory_format)
+    shown: list[list[dict[int, Rows]]] = []
+    for most in (workspace.MOST_CHANNELS, 0):
+        monkeypatch.setattr(workspace, "MOST_CHANNELS", most)
+        taps = Taps(model, records.append, values=values)
+        with torch.inference_mode():
+            for _ in range(5):
+                model(x)
+        taps.close()
+        summed = memory_format is torch.contiguous_format and most > 0
+        size = 2 * 6 * 8 if summed else 6 * 8 * (512 if values else 4096)
+        assert {getattr(record.bundle, "values", None) for record in records[1:]} == {size}
+        shown.append([dict(record.parts()) for record in records[1:]])
+        records.clear()
+    for at_once, later in zip(*shown, strict=True):
+        for index, rows in at_once.items():
+            variance, expected = rows.variance, later[index].variance
+            assert variance is not None
+            assert expected is not None
+            np.testing.assert_allclose(rows.mean, later[index].mean, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(variance, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("build", [net, mlp])
