@@ -140,7 +140,7 @@ def test_the_memory_is_told_of_before_it_is_taken() -> None:
 
 def test_other_threads_go_on_while_a_long_array_is_read() -> None:
     """None waits for more than a piece and the interpreter's turns, of however many megabytes of NaN."""
-    text = b"[" + b",".join([b"NaN"] * 2**21) + b"]"
+    text = b"[" + b",".join([b"NaN"] * 2**22) + b"]"
     ended = threading.Event()
     waits: list[float] = []
 
@@ -153,7 +153,7 @@ def test_other_threads_go_on_while_a_long_array_is_read() -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    decode_json(ArrayText(text, 0, len(text)), torch.float32, [2**21])
+    decode_json(ArrayText(text, 0, len(text)), torch.float32, [2**22])
     seconds = time.perf_counter() - began
     ended.set()
     watcher.join()
