@@ -13,7 +13,7 @@ from guardserve.monitor.features import Array
 LAMBDAS = (0.05, 0.2)
 """Weight of the newest sample in each EWMA chart: the small one sees weak shifts, the large one strong ones soon."""
 
-SHARES = (0.75, 0.15, 0.1)
+SHARES = (0.55, 0.35, 0.1)
 """Share of the false alarms that each EWMA chart may raise, and the last chart, which looks at one sample alone."""
 
 
