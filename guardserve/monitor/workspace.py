@@ -25,8 +25,8 @@ MOST_VALUES = 2**22
 MOST_WAITING = 2**20
 """Values that may wait to be summed up; a forward that has more of them takes longer than that by far."""
 
-MOST_WAITING_FORWARDS = 32
-"""Forwards that may, however few values they have."""
+MOST_SMALL_WAITING = 32
+"""Forwards that may, of those with so few values that it is their number that costs memory."""
 
 FEWEST_POSITIONS = 48
 """Positions of a channel from which on an activation of several samples is summed up at once, if all of it is read."""
@@ -373,7 +373,7 @@ class _Shelf:
     """
 
     def __init__(self, size: int) -> None:
-        self.most = min(MOST_WAITING_FORWARDS, MOST_WAITING // size)
+        self.most = min(MOST_WAITING, MOST_SMALL_WAITING * size if size == _LEAST_SIZE else MOST_WAITING) // size
         self.free: list[_Buffer] = []
         self.waiting: list[None] = []
 
