@@ -20,8 +20,8 @@ from torch import nn
 
 from guardserve.demo.digits import SHIFTS, blurred, brighter, faded, load_digits, noisy
 from guardserve.demo.model import digits_cnn
+from guardserve.detection.calibration import mean_run_length
 from guardserve.monitor import ReferenceProfile
-from guardserve.monitor.calibration import mean_run_length
 
 POOL, SHIFTED = 8000, 1000
 """Clean samples that set a threshold, and as many that measure it; samples of each shift."""

@@ -11,11 +11,11 @@ import time
 
 import numpy as np
 
-from guardserve.monitor.calibration import ARLS, RunLength
-from guardserve.monitor.chart import LAMBDAS, SHARES, Levels
-from guardserve.monitor.detector import Detector
-from guardserve.monitor.encoding import Sketch, Whitening
-from guardserve.monitor.reference import WIDTH, ReferenceProfile
+from guardserve.detection.calibration import ARLS, RunLength
+from guardserve.detection.chart import LAMBDAS, SHARES, Levels
+from guardserve.detection.detector import Detector
+from guardserve.detection.encoding import Sketch, Whitening
+from guardserve.detection.reference import WIDTH, ReferenceProfile
 
 RESNET50 = [
     64,

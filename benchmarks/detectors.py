@@ -22,12 +22,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from guardserve.detection.chart import Chart
+from guardserve.detection.encoding import Whitening, shorten
 from guardserve.monitor import ReferenceProfile
-from guardserve.monitor.chart import Chart
-from guardserve.monitor.encoding import Whitening, shorten
-from guardserve.monitor.features import Array, FeatureReader, execution_order
-from guardserve.monitor.record import Record
-from guardserve.monitor.taps import Taps
+from guardserve.observation.features import Array, FeatureReader, execution_order
+from guardserve.observation.record import Record
+from guardserve.observation.taps import Taps
 
 CLEAN_BEFORE, LONGEST, WINDOW = 100, 300, 50
 SLOW = ("MMD", "ADWIN", "PageHinkley")

@@ -35,10 +35,10 @@ from torch import nn
 from typing_extensions import Self
 
 from guardserve.cli import main
+from guardserve.detection.merging import Summarizer
 from guardserve.exceptions import GuardserveError
 from guardserve.metrics import METRICS
 from guardserve.monitor import Detection, Detector, Monitor, ReferenceProfile, Summary
-from guardserve.monitor.merging import Summarizer
 from guardserve.workers import Supervisor
 from guardserve.workers import supervisor as supervisor_module
 from guardserve.workers.families import merge

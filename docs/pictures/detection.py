@@ -20,9 +20,9 @@ from detectors import see
 
 from guardserve.demo.digits import blurred, brighter
 from guardserve.demo.model import digits_cnn
+from guardserve.detection.calibration import Pool, largest_evidence, mean_run_length
+from guardserve.detection.detector import Detector
 from guardserve.monitor import ReferenceProfile
-from guardserve.monitor.calibration import Pool, largest_evidence, mean_run_length
-from guardserve.monitor.detector import Detector
 
 HERE = Path(__file__).parent
 SIZES = (150, 300, 600, 1000, 2000, 5000)

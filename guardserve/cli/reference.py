@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from guardserve.cli.options import Command, given, load, loading_options
+from guardserve.detection.files import writable
+from guardserve.detection.reference import CARRIED
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.loading import LoadedModel
 from guardserve.loading.arrays import ArrayBatches, load_batches
 from guardserve.loading.images import ImageBatches, load_images
 from guardserve.monitor import ReferenceProfile, ReferenceWarning
-from guardserve.monitor.files import writable
-from guardserve.monitor.reference import CARRIED
 
 
 @click.command(cls=Command)

@@ -16,8 +16,8 @@ import torch
 
 from guardserve.batchnorm import ObservationPoint
 from guardserve.monitor.effect_size import LayerMoments
-from guardserve.monitor.reading import Rows
-from guardserve.monitor.record import Record
+from guardserve.observation.reading import Rows
+from guardserve.observation.record import Record
 from guardserve.stats import Moments
 
 _AT_ONCE = 64

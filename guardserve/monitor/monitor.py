@@ -17,22 +17,22 @@ from os import PathLike
 from torch import nn
 from typing_extensions import Self
 
+from guardserve.detection.detector import CHUNK, Detection, Detector, State
+from guardserve.detection.files import write_whole
+from guardserve.detection.merging import Summarizer, Summary
+from guardserve.detection.reference import ReferenceProfile
+from guardserve.detection.state_file import load_state, state_bytes
+from guardserve.detection.traffic import TrafficReference
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.monitor.accumulation import Constants, Scales, Seen, constants_of, same_constants
-from guardserve.monitor.budget import Budget
-from guardserve.monitor.detector import CHUNK, Detection, Detector, State
 from guardserve.monitor.effect_size import layer_shifts
-from guardserve.monitor.features import FeatureReader
-from guardserve.monitor.files import write_whole
-from guardserve.monitor.merging import Summarizer, Summary
-from guardserve.monitor.reading import VALUES
-from guardserve.monitor.record import Record
-from guardserve.monitor.reference import ReferenceProfile
-from guardserve.monitor.state_file import load_state, state_bytes
-from guardserve.monitor.taps import Taps
-from guardserve.monitor.traffic import TrafficReference
 from guardserve.monitor.verdict import Snapshot, Verdict
 from guardserve.monitor.worker import Worker
+from guardserve.observation.budget import Budget
+from guardserve.observation.features import FeatureReader
+from guardserve.observation.reading import VALUES
+from guardserve.observation.record import Record
+from guardserve.observation.taps import Taps
 
 _log = logging.getLogger(__name__)
 

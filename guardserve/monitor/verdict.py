@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from guardserve.monitor.detector import State
-from guardserve.monitor.diagnosis import MovedChannel
+from guardserve.detection.detector import State
+from guardserve.detection.diagnosis import MovedChannel
 from guardserve.monitor.effect_size import ChannelShift, LayerShift
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from guardserve.demo.digits import Digits, load_digits
 from guardserve.demo.model import digits_cnn
 from guardserve.monitor import ReferenceProfile, ReferenceWarning
-from guardserve.monitor.features import Array, FeatureReader, execution_order
-from guardserve.monitor.record import Record
-from guardserve.monitor.taps import Taps
+from guardserve.observation.features import Array, FeatureReader, execution_order
+from guardserve.observation.record import Record
+from guardserve.observation.taps import Taps
 
 Sampler = Callable[..., torch.Tensor]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from guardserve import ReferenceProfile
 from guardserve.batchnorm import observation_points
-from guardserve.monitor.calibration import (
+from guardserve.detection.calibration import (
     ARLS,
     Pool,
     dependent_run,
@@ -20,9 +20,9 @@ from guardserve.monitor.calibration import (
     prudence,
     tail_thresholds,
 )
-from guardserve.monitor.collection import ReferenceData
-from guardserve.monitor.encoding import Sketch
-from guardserve.monitor.features import Array
+from guardserve.detection.collection import ReferenceData
+from guardserve.detection.encoding import Sketch
+from guardserve.observation.features import Array
 
 LAYERS, CHANNELS = 4, 16
 TARGET = 1000

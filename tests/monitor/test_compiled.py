@@ -15,8 +15,8 @@ from torch import nn
 
 from guardserve import EvalGuard, Monitor, fuse
 from guardserve.monitor import Snapshot
-from guardserve.monitor.compiled import per_sample
-from guardserve.monitor.reading import Plan, read
+from guardserve.observation.compiled import per_sample
+from guardserve.observation.reading import Plan, read
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),

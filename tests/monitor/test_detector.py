@@ -13,11 +13,11 @@ from torch import nn
 
 from guardserve import Monitor, ReferenceProfile, ReferenceProfileError
 from guardserve.demo.digits import SHIFTS, blurred, brighter, faded, noisy
+from guardserve.detection.chart import LAMBDAS, Chart
+from guardserve.detection.detector import CALM, RECOVERY, WARM, Detector
+from guardserve.detection.diagnosis import ShiftAverage
 from guardserve.monitor import Verdict
-from guardserve.monitor.chart import LAMBDAS, Chart
-from guardserve.monitor.detector import CALM, RECOVERY, WARM, Detector
-from guardserve.monitor.diagnosis import ShiftAverage
-from guardserve.monitor.features import Array
+from guardserve.observation.features import Array
 
 Sampler = Callable[..., torch.Tensor]
 Reader = Callable[[torch.Tensor], Array]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from guardserve.monitor.files import write_whole
+from guardserve.detection.files import write_whole
 
 
 @pytest.mark.parametrize("there", [True, False])

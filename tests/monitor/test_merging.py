@@ -12,9 +12,9 @@ from torch import nn
 
 from guardserve import ReferenceMismatchError, ReferenceProfile
 from guardserve.demo.digits import brighter
-from guardserve.monitor.detector import Detector
-from guardserve.monitor.features import Array
-from guardserve.monitor.merging import Summary
+from guardserve.detection.detector import Detector
+from guardserve.detection.merging import Summary
+from guardserve.observation.features import Array
 
 Sampler = Callable[..., torch.Tensor]
 Reader = Callable[[torch.Tensor], Array]

@@ -20,7 +20,7 @@ from torch import nn
 
 from guardserve import EvalGuard, Monitor, trace_nonfinite
 from guardserve.monitor import LayerShift
-from guardserve.monitor.taps import Taps
+from guardserve.observation.taps import Taps
 
 
 class SubclassedBatchNorm(nn.BatchNorm2d):

@@ -8,10 +8,10 @@ import torch
 from mobilenet import MobileNetV2, photos, weights
 from torch import nn
 
-from guardserve.monitor.features import FeatureReader, execution_order
-from guardserve.monitor.reading import VALUES
-from guardserve.monitor.record import Record
-from guardserve.monitor.taps import Taps
+from guardserve.observation.features import FeatureReader, execution_order
+from guardserve.observation.reading import VALUES
+from guardserve.observation.record import Record
+from guardserve.observation.taps import Taps
 
 Features = tuple[np.ndarray, np.ndarray, np.ndarray]
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardserve.monitor.reading import FEW_POSITIONS, MIN_POSITIONS, Plan, Scratch, read, side_by_side
+from guardserve.observation.reading import FEW_POSITIONS, MIN_POSITIONS, Plan, Scratch, read, side_by_side
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 3), st.integers(1, 4)),

@@ -17,8 +17,8 @@ from torch import nn
 
 from guardserve import Monitor, ReferenceMismatchError, ReferenceProfile, ReferenceProfileError, ReferenceWarning
 from guardserve.demo.digits import noisy
+from guardserve.detection.encoding import Sketch, Whitening, ledoit_wolf
 from guardserve.fusion import fuse
-from guardserve.monitor.encoding import Sketch, Whitening, ledoit_wolf
 
 Sampler = Callable[..., torch.Tensor]
 

@@ -15,12 +15,12 @@ from torch import nn
 
 from guardserve import ReferenceProfile
 from guardserve.demo.digits import brighter
+from guardserve.detection.detector import Detector
+from guardserve.detection.files import sealed
+from guardserve.detection.state_file import KEY, VERSION, load_state, save_state
 from guardserve.exceptions import DetectorStateError, ReferenceProfileError
 from guardserve.monitor import Detection
-from guardserve.monitor.detector import Detector
-from guardserve.monitor.features import Array
-from guardserve.monitor.files import sealed
-from guardserve.monitor.state_file import KEY, VERSION, load_state, save_state
+from guardserve.observation.features import Array
 
 Sampler = Callable[..., torch.Tensor]
 Reader = Callable[[torch.Tensor], Array]

@@ -10,9 +10,9 @@ from torch import nn
 
 from guardserve import Monitor, ReferenceProfileError
 from guardserve.demo.digits import SHIFTS
-from guardserve.monitor.record import Record
-from guardserve.monitor.taps import Taps
-from guardserve.monitor.traffic import TrafficReference
+from guardserve.detection.traffic import TrafficReference
+from guardserve.observation.record import Record
+from guardserve.observation.taps import Taps
 
 Sampler = Callable[..., torch.Tensor]
 

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from guardserve import EvalGuard, Monitor, ReferenceProfile, ReferenceProfileError
-from guardserve.monitor import detector
+from guardserve.detection import detector
 from guardserve.monitor import monitor as monitor_module
-from guardserve.monitor.budget import LEAST_VALUES
 from guardserve.monitor.worker import Worker
+from guardserve.observation.budget import LEAST_VALUES
 
 Sampler = Callable[..., torch.Tensor]
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from guardserve import Monitor
-from guardserve.monitor import accumulation, workspace
-from guardserve.monitor.reading import Rows
-from guardserve.monitor.record import Record
-from guardserve.monitor.taps import Taps
+from guardserve.monitor import accumulation
 from guardserve.monitor.worker import Worker
+from guardserve.observation import workspace
+from guardserve.observation.reading import Rows
+from guardserve.observation.record import Record
+from guardserve.observation.taps import Taps
 
 
 def net(width: int = 6) -> nn.Sequential:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from guardserve.monitor.features import Array
-from guardserve.monitor.reference import ReferenceProfile
+from guardserve.detection.reference import ReferenceProfile
+from guardserve.observation.features import Array
 
 LOOK_BACK = 9
 """Samples up to an alarm that its diagnosis starts from: about what the fastest chart remembers."""

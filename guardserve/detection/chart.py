@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from guardserve.monitor.encoding import lengths
-from guardserve.monitor.features import Array
+from guardserve.detection.encoding import lengths
+from guardserve.observation.features import Array
 
 LAMBDAS = (0.05, 0.2)
 """Weight of the newest sample in each EWMA chart: the small one sees weak shifts, the large one strong ones soon."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from guardserve.monitor.chart import LAMBDAS, SHARES, Chart, Levels
-from guardserve.monitor.encoding import lengths, shorten
-from guardserve.monitor.features import Array
+from guardserve.detection.chart import LAMBDAS, SHARES, Chart, Levels
+from guardserve.detection.encoding import lengths, shorten
+from guardserve.observation.features import Array
 
 ARLS = np.geomspace(100, 100_000, 31)
 """The average run lengths whose thresholds are kept; those between are interpolated."""

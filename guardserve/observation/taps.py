@@ -20,7 +20,8 @@ from torch import nn
 from guardserve.batchnorm import CHANNEL_AXIS, ObservationPoint, batchnorm_layers, observation_points
 from guardserve.graphs import SCRIPT_OPERATORS, GraphMarks, graph_norms
 from guardserve.inlets import Look, on_input
-from guardserve.monitor.compiled import (
+from guardserve.nonfinite import named_tensors
+from guardserve.observation.compiled import (
     Inbox,
     Traced,
     exporting,
@@ -30,10 +31,9 @@ from guardserve.monitor.compiled import (
     read_in_graph,
     uncompiled,
 )
-from guardserve.monitor.reading import VALUES, Plan, Reading, Scratch, read
-from guardserve.monitor.record import Record
-from guardserve.monitor.workspace import Place, Sheets, Slot, Workspace, fits
-from guardserve.nonfinite import named_tensors
+from guardserve.observation.reading import VALUES, Plan, Reading, Scratch, read
+from guardserve.observation.record import Record
+from guardserve.observation.workspace import Place, Sheets, Slot, Workspace, fits
 from guardserve.tracing import is_tracing
 
 TIMED = 16

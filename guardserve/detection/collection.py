@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from guardserve.batchnorm import ObservationPoint
+from guardserve.detection.encoding import Sketch
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.modes import EvalHold
-from guardserve.monitor.encoding import Sketch
-from guardserve.monitor.features import Array, FeatureReader, execution_order
-from guardserve.monitor.reading import VALUES
-from guardserve.monitor.record import Record
-from guardserve.monitor.taps import Taps
+from guardserve.observation.features import Array, FeatureReader, execution_order
+from guardserve.observation.reading import VALUES
+from guardserve.observation.record import Record
+from guardserve.observation.taps import Taps
 
 STANDARDISED_BY = 512
 """Samples that centre and scale of single features come from; the others are sketched as they come."""

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from guardserve.detection.calibration import ARLS
+from guardserve.detection.chart import SHARES
+from guardserve.detection.files import check_seal, sealed, write_whole
 from guardserve.exceptions import ReferenceProfileError
-from guardserve.monitor.calibration import ARLS
-from guardserve.monitor.chart import SHARES
-from guardserve.monitor.files import check_seal, sealed, write_whole
 
 KEY = "guardserve_reference"
 """The metadata entry that holds the facts."""

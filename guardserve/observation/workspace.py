@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from guardserve.monitor.reading import Cell, Plan, Rows
+from guardserve.observation.reading import Cell, Plan, Rows
 
 MOST_VALUES = 2**22
 """Values that a buffer holds at most, 16 MB; where more would be read, an operation more or less is no matter."""

@@ -9,10 +9,10 @@ from threading import Thread
 import numpy as np
 
 from guardserve.batchnorm import ObservationPoint
+from guardserve.detection.collection import Collector
+from guardserve.detection.reference import MIN_SAMPLES, WIDTH, ReferenceProfile, check_target
 from guardserve.exceptions import ReferenceProfileError
-from guardserve.monitor.collection import Collector
-from guardserve.monitor.record import Record
-from guardserve.monitor.reference import MIN_SAMPLES, WIDTH, ReferenceProfile, check_target
+from guardserve.observation.record import Record
 
 
 class TrafficReference:

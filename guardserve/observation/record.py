@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from guardserve.monitor.reading import Reading, Rows, Scratch, side_by_side
-from guardserve.monitor.workspace import Layout, Place, Sheet, Slot
+from guardserve.observation.reading import Reading, Rows, Scratch, side_by_side
+from guardserve.observation.workspace import Layout, Place, Sheet, Slot
 
 _CHANNELS = 2**13
 """What a model is taken to have, where nobody has counted."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from guardserve.monitor.reading import Plan
+from guardserve.observation.reading import Plan
 
 Deliver = Callable[[int, list[int], list[int], list[torch.Tensor]], None]
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from guardserve.detection.encoding import shorten
+from guardserve.detection.reference import ReferenceProfile
 from guardserve.exceptions import ReferenceMismatchError
-from guardserve.monitor.encoding import shorten
-from guardserve.monitor.features import Array
-from guardserve.monitor.reference import ReferenceProfile
+from guardserve.observation.features import Array
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]

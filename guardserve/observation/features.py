@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 
 from guardserve.batchnorm import ObservationPoint
-from guardserve.monitor.reading import Reading, Rows
-from guardserve.monitor.record import Record
-from guardserve.monitor.workspace import Layout
+from guardserve.observation.reading import Reading, Rows
+from guardserve.observation.record import Record
+from guardserve.observation.workspace import Layout
 
 Array = npt.NDArray[np.float32]
 

@@ -10,9 +10,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from guardserve.detection.detector import Detector
+from guardserve.detection.files import check_seal, sealed, write_whole
 from guardserve.exceptions import DetectorStateError
-from guardserve.monitor.detector import Detector
-from guardserve.monitor.files import check_seal, sealed, write_whole
 
 KEY = "guardserve_detector"
 """The metadata entry that tells which profile the detector had."""

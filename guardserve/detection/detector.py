@@ -10,10 +10,9 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
-from guardserve.exceptions import DetectorStateError, ReferenceMismatchError
-from guardserve.monitor.calibration import ARLS
-from guardserve.monitor.chart import LAMBDAS, SHARES, Chart
-from guardserve.monitor.diagnosis import (
+from guardserve.detection.calibration import ARLS
+from guardserve.detection.chart import LAMBDAS, SHARES, Chart
+from guardserve.detection.diagnosis import (
     LOOK_BACK,
     MovedChannel,
     ShiftAverage,
@@ -21,11 +20,12 @@ from guardserve.monitor.diagnosis import (
     lead_layer,
     moved_channels,
 )
-from guardserve.monitor.encoding import shorten
-from guardserve.monitor.features import Array
-from guardserve.monitor.merging import Summarizer, Summary
-from guardserve.monitor.profile_file import Arrays
-from guardserve.monitor.reference import ReferenceProfile
+from guardserve.detection.encoding import shorten
+from guardserve.detection.merging import Summarizer, Summary
+from guardserve.detection.profile_file import Arrays
+from guardserve.detection.reference import ReferenceProfile
+from guardserve.exceptions import DetectorStateError, ReferenceMismatchError
+from guardserve.observation.features import Array
 
 State: TypeAlias = Literal["warming", "blind", "ok", "suspect", "shifted", "recovered"]
 

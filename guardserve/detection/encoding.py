@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from guardserve.monitor.features import Array
+from guardserve.observation.features import Array
 
 CLIP = 8.0
 """A standardised feature is held within this many reference standard deviations."""

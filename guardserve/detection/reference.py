@@ -16,14 +16,14 @@ import numpy.typing as npt
 from torch import nn
 
 from guardserve.batchnorm import ObservationPoint
+from guardserve.detection.calibration import ARLS, Pool, RunLength, dependent_run, find_levels, find_thresholds, measure
+from guardserve.detection.chart import Levels
+from guardserve.detection.collection import Collector, ReferenceData, collect
+from guardserve.detection.encoding import Sketch, Whitening, lengths
+from guardserve.detection.profile_file import Arrays, read_profile, write_profile
 from guardserve.exceptions import ReferenceMismatchError, ReferenceProfileError
-from guardserve.monitor.calibration import ARLS, Pool, RunLength, dependent_run, find_levels, find_thresholds, measure
-from guardserve.monitor.chart import Levels
-from guardserve.monitor.collection import Collector, ReferenceData, collect
-from guardserve.monitor.encoding import Sketch, Whitening, lengths
-from guardserve.monitor.features import Array, fingerprint
-from guardserve.monitor.profile_file import Arrays, read_profile, write_profile
-from guardserve.monitor.reading import VALUES
+from guardserve.observation.features import Array, fingerprint
+from guardserve.observation.reading import VALUES
 
 MIN_SAMPLES = 100
 """Fewest samples that a profile is made from."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from guardserve.monitor.record import Record
-from guardserve.monitor.taps import Taps
+from guardserve.observation.record import Record
+from guardserve.observation.taps import Taps
 
 LEAST_VALUES, MOST_VALUES = 2**8, 2**20
 """Between these a budget moves how many values are read of each sample at each layer."""
