@@ -221,12 +221,12 @@ def test_states_follow_the_stream_with_hysteresis(model: nn.Module, profile: Ref
 
 
 def test_nothing_grows_when_nobody_asks(model: nn.Module, profile: ReferenceProfile, clean: Sampler) -> None:
-    """Samples are judged as they come and only the last 10,000 p-values wait to be drained."""
+    """At most a few large forwards wait to be judged, and only the last 10,000 p-values to be drained."""
     images = clean(500, seed=32)
     with Monitor(model.eval(), reference=profile, target_arl=TARGET) as monitor, torch.inference_mode():
         for _ in range(22):
             model(images)
-        assert len(monitor._pending) <= 1
+        assert len(monitor._pending) <= 8
         assert len(monitor.scores()) == 10_000
         assert monitor.scores() == []
 
