@@ -7,8 +7,10 @@ they do in the midst of a forward. But the first thing that a BatchNorm layer do
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +28,10 @@ _ASKS_FIRST = _CHECK in _BatchNorm.forward.__code__.co_names
 _LOCK = threading.RLock()  # the garbage collector may come upon a handle to remove while it is held
 
 
+NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+"""What torch gives a hook that is removed while it is about to be called, instead of the arguments by name."""
+
+
 class Handle(Protocol):
     """What ends something."""
 
@@ -36,15 +42,15 @@ class Handle(Protocol):
 def on_input(layer: nn.Module, look: Look) -> Handle:
     """Look at each input of a layer before anything else does, until the handle that is returned is removed.
 
-    A copy or a pickle of the layer is not looked at.
+    A deep copy or a pickle of the layer is not looked at; what enters a shallow copy counts as the layer's.
     """
     if not has_inlet(layer):
         return layer.register_forward_pre_hook(_Hook(look), with_kwargs=True)
     with _LOCK:
-        inlet = vars(layer).get(_CHECK) or Inlet(getattr(layer, _CHECK))
+        inlet: Inlet = vars(layer).get(_CHECK) or Inlet(layer)
         inlet.looks.append(look)
         vars(layer)[_CHECK] = inlet
-    return _Handle(layer, look)
+    return _Handle(layer, inlet, look)
 
 
 def has_inlet(layer: nn.Module) -> bool:
@@ -52,24 +58,29 @@ def has_inlet(layer: nn.Module) -> bool:
     asks = isinstance(layer, (FusedBatchNorm, GraphBatchNorm)) or (
         _ASKS_FIRST and getattr(type(layer), "forward", None) is _BatchNorm.forward
     )
-    own = vars(layer)
-    return asks and "forward" not in own and isinstance(own.get(_CHECK), (Inlet, type(None)))
+    own, check = vars(layer), inspect.getattr_static(type(layer), _CHECK, None)
+    return (
+        asks
+        and "forward" not in own
+        and isinstance(check, types.FunctionType)
+        and isinstance(own.get(_CHECK), (Inlet, type(None)))
+    )
 
 
 class Inlet:
     """Stands in for a layer's own check of its input, and looks at it first.
 
     Args:
-        check: The check, bound to the layer.
+        layer: The layer.
 
     Attributes:
         looks: Who looks at it.
     """
 
-    def __init__(self, check: Any) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         self.looks: list[Look] = []
-        self._layer: nn.Module = check.__self__
-        self._check: Callable[[torch.Tensor], None] = check
+        self._layer = layer
+        self._check: Callable[[torch.Tensor], None] = getattr(type(layer), _CHECK).__get__(layer)
 
     def __call__(self, x: torch.Tensor) -> None:
         """Look at an input, and check it."""
@@ -77,8 +88,8 @@ class Inlet:
             look(self._layer, x)
         self._check(x)
 
-    def __reduce__(self) -> tuple[type[Inlet], tuple[Any]]:
-        return Inlet, (self._check,)
+    def __reduce__(self) -> tuple[type[Inlet], tuple[nn.Module]]:
+        return Inlet, (self._layer,)
 
 
 class _Hook:
@@ -87,8 +98,8 @@ class _Hook:
     def __init__(self, look: Look | None = None) -> None:
         self._look = look
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._look is not None:
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NOTHING) -> None:
+        if self._look is not None and (args or kwargs):
             self._look(layer, args[0] if args else next(iter(kwargs.values())))
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
@@ -96,15 +107,15 @@ class _Hook:
 
 
 class _Handle:
-    def __init__(self, layer: nn.Module, look: Look) -> None:
+    def __init__(self, layer: nn.Module, inlet: Inlet, look: Look) -> None:
         self._layer = layer
+        self._inlet = inlet
         self._look = look
 
     def remove(self) -> None:
         """Look no more."""
         with _LOCK:
-            inlet = vars(self._layer).get(_CHECK)
-            if isinstance(inlet, Inlet) and self._look in inlet.looks:
-                inlet.looks.remove(self._look)
-                if not inlet.looks:
-                    del vars(self._layer)[_CHECK]
+            if self._look in self._inlet.looks:
+                self._inlet.looks.remove(self._look)
+            if not self._inlet.looks and vars(self._layer).get(_CHECK) is self._inlet:
+                vars(self._layer).pop(_CHECK, None)  # the garbage collector may have come first

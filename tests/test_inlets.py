@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from guardserve import fuse
+from guardserve import EvalGuard, Monitor, fuse
 from guardserve.inlets import Inlet, has_inlet, on_input
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -83,6 +83,58 @@ def test_copies_pickles_scripts_and_fused_copies_are_not_looked_at() -> None:
     others[2](X)
     model(X)
     assert len(seen) == 2
+
+
+class Static(nn.BatchNorm2d):
+    """Checks without itself."""
+
+    @staticmethod
+    def _check_input_dim(input: torch.Tensor) -> None:  # noqa: A002 - as in torch
+        del input
+
+
+class OfClass(nn.BatchNorm2d):
+    """Checks for its class."""
+
+    @classmethod
+    def _check_input_dim(cls, input: torch.Tensor) -> None:  # noqa: A002 - as in torch
+        del input
+
+
+def lenient(layer: nn.Module, x: torch.Tensor) -> None:
+    """Check nothing, under a name of its own."""
+    del layer, x
+
+
+class Lenient(nn.BatchNorm2d):
+    """Its check has another name."""
+
+    _check_input_dim = lenient  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Static, OfClass, Lenient])
+def test_checks_of_all_kinds_can_be_guarded_monitored_and_pickled(kind: type[nn.BatchNorm2d]) -> None:
+    """A check need be no method, nor have the usual name."""
+    model = nn.Sequential(kind(3)).train()
+    with Monitor(model) as monitor:
+        guard = EvalGuard(model)
+        guard(X)
+        copied = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own bytes
+        assert monitor.snapshot().samples == len(X)
+    guard.close()
+    torch.testing.assert_close(copied.eval()(X), model.eval()(X))
+
+
+def test_what_removes_the_last_look_in_the_midst_of_a_removal_is_no_error() -> None:
+    """Nor does a check that was put aside bring a removed look back."""
+    layer, seen = nn.BatchNorm2d(3).eval(), list[str]()
+    handle = on_input(layer, lambda *_: seen.append("look"))
+    aside = vars(layer)["_check_input_dim"]
+    vars(layer)["_check_input_dim"] = lambda _: None
+    handle.remove()
+    vars(layer)["_check_input_dim"] = aside
+    layer(X)
+    assert not seen
 
 
 def test_a_layer_that_keeps_a_check_or_a_forward_of_its_own_takes_a_hook() -> None:

@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from serving import loaded, wait_until
 from torch import nn
 
-from guardserve import ReferenceProfile
+from guardserve import Monitor, ReferenceProfile
 from guardserve.metrics import Metrics
 from guardserve.monitor import Seen
 from guardserve.runtime import Runtime
@@ -194,6 +194,26 @@ def test_a_worker_that_was_starting_loads_its_model_again_when_it_takes_connecti
     assert crew.told(two) == []
 
 
+def test_a_worker_that_was_starting_is_not_the_only_one_with_another_version() -> None:
+    """It is not asked where the others could not, and does not commit what they have not."""
+    crew = Crew()
+    one, two = crew.workers
+    two.up_since = None
+    crew.reloading.begin()
+    two.up_since = 1.0
+    crew.reloading.hear(one, Prepared(1, failure="no memory"))
+    crew.reloading.hear(one, Decided(1))
+    assert crew.all_told() == [[Prepare(1), Decide(1, commit=False)], []]
+
+    two.up_since = None
+    crew.reloading.begin()
+    two.up_since = 2.0
+    crew.reloading.hear(one, Prepared(2, "v2"))
+    crew.reloading.hear(one, Decided(2))
+    crew.reloading.hear(two, Prepared(3, "v3"))
+    assert crew.told(two) == [Prepare(3), Decide(3, commit=False)]
+
+
 def test_a_worker_that_never_says_what_came_of_it_is_ended() -> None:
     """Its end lets the others go on."""
     crew = Crew()
@@ -300,6 +320,37 @@ def test_every_sample_around_a_reload_is_reported_once(tmp_path: Path) -> None:
         assert (last.round, sum(summary.samples.sum() for summary in last.summaries)) == (None, 8)
     assert pool.detection is not None
     assert pool.detection.samples == 48
+
+
+def test_a_model_that_is_rolled_back_is_judged_by_its_own_profile_again(tmp_path: Path) -> None:
+    """What comes late of the profile in between goes to that one's detector; a state saved then is the first's."""
+    torch.manual_seed(0)
+    path = tmp_path / "profile"
+    profiles = {
+        name: ReferenceProfile.fit(Net().eval(), [torch.randn(300, 3) + shift], target_arl=1000)
+        for name, shift in (("first", 0), ("second", 1))
+    }
+    profiles["first"].save(path)
+    pool = Pool(reference=path, target_arl=1000, state=tmp_path / "state")
+
+    def see(name: str, count: int) -> int:
+        net = Net().eval()
+        with Monitor(net, reference=profiles[name], target_arl=1000) as monitor, torch.no_grad():
+            monitor.take_summary()  # begins one
+            net(torch.randn(count, 3))
+            summary = monitor.take_summary()
+        assert summary is not None
+        pool.judge([Report(1, [], summaries=[summary])])
+        assert pool.detection is not None
+        return pool.detection.samples
+
+    assert see("first", 4) == 4
+    profiles["second"].save(path)
+    assert see("second", 3) == 3
+    assert see("first", 2) == 3, "it comes late"
+    profiles["first"].save(path)
+    assert see("first", 5) == 11
+    assert see("second", 1) == 11
 
 
 def test_a_call_to_one_worker_is_its_supervisors_to_answer() -> None:

@@ -7,6 +7,7 @@ what is read does not depend on anything that a graph would have to be compiled 
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -75,7 +76,7 @@ def read_in_graph(
         ``count`` times the mean and the variance over positions, each ``(rows, C)``, and ``count``.
     """
     x = x.detach()
-    sizes = tuple(x.shape[2:])
+    sizes = tuple(operator.index(size) for size in x.shape[2:])  # what is no symbol can be a constant
     if not sizes:
         deviation = x - anchor
         return deviation, torch.zeros_like(deviation), 1

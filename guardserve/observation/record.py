@@ -152,8 +152,9 @@ class Record:
             self.bundle, self.readings = Layout(order, order, widths), []
             return
         for reading in self.readings:
-            reading.total = reading.total.clone()
-            reading.squares = None if reading.squares is None else reading.squares.clone()
+            if reading.total.is_cpu:
+                reading.total = reading.total.clone()
+                reading.squares = None if reading.squares is None else reading.squares.clone()
 
     def _give_back(self) -> None:
         sheet, self.sheet = self.sheet, None

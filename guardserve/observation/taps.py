@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 
 from guardserve.batchnorm import CHANNEL_AXIS, ObservationPoint, batchnorm_layers, observation_points
 from guardserve.graphs import SCRIPT_OPERATORS, GraphMarks, graph_norms
-from guardserve.inlets import Look, on_input
+from guardserve.inlets import NOTHING, Look, on_input
 from guardserve.nonfinite import named_tensors
 from guardserve.observation.compiled import (
     Inbox,
@@ -218,7 +218,7 @@ class Taps:
         except Exception as error:  # noqa: BLE001 - see above
             _excuse(tap, error)
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NOTHING) -> None:
         del model
         if torch.compiler.is_dynamo_compiling():
             self._begin_in_graph(args, kwargs)
@@ -235,7 +235,7 @@ class Taps:
         opened.traced.clear()
         opened.traced.open = True
 
-    def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
+    def _opened(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
         """Make the record of a forward."""
         began, turn = time.perf_counter(), next(self._turns)
         first = args[0] if args and type(args[0]) is torch.Tensor else None
@@ -324,7 +324,7 @@ class Taps:
             total, squares, count = read_in_graph(x, anchor, self._turn, self.values)
             traced.readings.append((tap.index, count, total, squares))
 
-    def _begin_in_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin_in_graph(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward that is part of a larger graph."""
         traced = self._open.traced
         traced.clear()

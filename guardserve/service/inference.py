@@ -414,7 +414,10 @@ class Inference:
         self._alone = len(jobs) == 1 == len(self._pending)
         for job in jobs:
             self._metrics.queue.observe(job.began_at - job.queued_at)
-            job.settle("done")
+            try:
+                job.settle("done")
+            except Exception:  # noqa: BLE001 - others are to have their answers, whatever went wrong here
+                _log.exception("an answer could not be sent")
 
     def _expire(self, job: Pending) -> None:
         self.engine.drop(job)

@@ -52,7 +52,7 @@ class Mailbox(Generic[T]):
             self._flap.close()
 
     def _empty(self) -> None:
-        with suppress(BlockingIOError):
+        with suppress(OSError):
             self._slot.recv(_ALL)
         self._rung = False  # first: what comes from now on rings again
         try:

@@ -8,11 +8,13 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import TypeVar
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -39,6 +41,8 @@ from guardserve.workers.messages import (
     Up,
     Upward,
 )
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -94,8 +98,10 @@ class Link(Collector):
         ticket = next(self._tickets)
         told = self._reloads[ticket] = Future()
         try:
-            await asyncio.get_running_loop().run_in_executor(None, self._say, Reload(ticket))
+            await asyncio.get_running_loop().run_in_executor(None, self._line.send, Reload(ticket))
             outcome = await asyncio.wrap_future(told)
+        except OSError as error:
+            raise ReloadError("the supervisor of this worker is gone") from error
         finally:
             del self._reloads[ticket]
         if outcome.failure is not None:
@@ -145,7 +151,7 @@ class Link(Collector):
         _log.error("the supervisor of this worker is gone: it answers what it has accepted, and ends")
         leave()
         for told in list(self._reloads.values()):
-            told.set_result(Outcome(0, "the supervisor of this worker is gone"))
+            _settle(told, Outcome(0, "the supervisor of this worker is gone"))
 
     def _hear(self, message: object, leave: Callable[[], object]) -> None:
         """Take a message; what takes long or may have to wait is done elsewhere."""
@@ -154,9 +160,9 @@ class Link(Collector):
         elif isinstance(message, Hurry):
             leave()
         elif isinstance(message, Pooled) and (waiting := self._scrapes.get(message.ticket)) is not None:
-            waiting.set_result(message)
+            _settle(waiting, message)
         elif isinstance(message, Outcome) and (told := self._reloads.get(message.ticket)) is not None:
-            told.set_result(message)
+            _settle(told, message)
         elif isinstance(message, (Prepare, Decide)):
             work = self._prepare(message) if isinstance(message, Prepare) else self._decide(message)
             try:
@@ -169,11 +175,17 @@ class Link(Collector):
             answer = Prepared(message.number, await self._versions.prepare())
         except ReloadError as error:
             answer = Prepared(message.number, failure=str(error))
+        except Exception as error:  # noqa: BLE001 - the others wait for an answer
+            _log.exception("this worker could not load its model again")
+            answer = Prepared(message.number, failure=f"{type(error).__name__}: {error}")
         self._answers.put(lambda: answer)
 
     async def _decide(self, message: Decide) -> None:
-        if message.commit:
-            self._versions.commit()
+        try:
+            if message.commit:
+                self._versions.commit()
+        except Exception:  # noqa: BLE001 - the others wait for an answer
+            _log.exception("this worker could not let the new version of its model answer")
         self._answers.put(lambda: Decided(message.number))
         await self._versions.abandon()
 
@@ -193,3 +205,9 @@ class Link(Collector):
             return replace(self._last, round=asked.round, summaries=())
         self._last = Report(asked.round, families, runtime.fingerprint, window, seen, summaries)
         return self._last
+
+
+def _settle(waiting: Future[T], result: T) -> None:
+    """Tell a thread or task that waits, unless it has given up."""
+    with suppress(InvalidStateError):
+        waiting.set_result(result)

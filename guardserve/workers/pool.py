@@ -118,20 +118,21 @@ class Pool:
     def _judging_by(self, digest: str) -> Detector | None:
         """Return the detector of a profile; a new one is read, None if it is not there.
 
-        That of the profile before is kept, as what workers had seen with it may come late.
+        That of the profile before is kept, as what workers had seen with it may come late, or they go back to it.
         """
-        for detector in (self._detector, self._last):
-            if detector is not None and detector.profile.digest == digest:
-                return detector
-        if self._detector is None or self._reference is None:
-            return None
+        last = self._last if self._last is not None and self._last.profile.digest == digest else None
+        if self._detector is None or self._detector.profile.digest == digest or self._reference is None:
+            return self._detector or last
         try:
             profile = ReferenceProfile.load(self._reference)
         except ReferenceProfileError as error:
             _log.error("the profile that workers have loaded cannot be read: %s", error)
-            return None
+            return last
         if profile.digest != digest:
-            return None
+            return last
+        if last is not None:
+            self._last, self._detector = self._detector, last
+            return last
         self._alarms += 0 if self._last is None else self._last.detection().alarms
         self._last, self._detector = self._detector, Detector(profile, self._target_arl)
         return self._detector

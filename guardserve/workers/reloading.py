@@ -39,6 +39,7 @@ class Reloading:
         self._taking_part: list[Worker] = []
         self._waiting: set[Worker] = set()
         self._versions: set[str] = set()
+        self._committed: str | None = None
         self._failure: str | None = None
         self._asker: tuple[Worker, int] | None = None
         self.ends_by: float | None = None
@@ -52,6 +53,7 @@ class Reloading:
             else:
                 asker[0].tell(Outcome(asker[1], text, running=True))
             return
+        self._committed = None
         for worker in self._workers:
             worker.outdated = worker.process is not None and not worker.up
         self._ask([worker for worker in self._workers if worker.up], asker)
@@ -102,7 +104,7 @@ class Reloading:
             return
         self._number += 1
         self._failure, self._asker = None, asker
-        self._versions.clear()
+        self._versions = set() if self._committed is None else {self._committed}
         self._taking_part = list(workers)
         self._tell("prepare", Prepare(self._number))
         self.go_on()
@@ -116,7 +118,10 @@ class Reloading:
     def _end(self) -> None:
         if self._failure is None:
             _log.warning("%d workers have loaded their model again", len(self._taking_part))
+            self._committed = next(iter(self._versions), None)
         else:
+            for worker in self._workers:  # those that were starting must not be the only ones
+                worker.outdated = False
             _log.error("no worker has another version of its model: %s", self._failure)
         self._step, self.ends_by = "none", None
         if self._asker is not None:

@@ -206,3 +206,18 @@ def test_rows_of_one_sample_merge_exactly() -> None:
     exact = x.reshape(2, 3, 5, 16).transpose(1, 2).flatten(2).numpy()
     np.testing.assert_allclose(total / count, exact.mean(-1))
     np.testing.assert_allclose(squares / count, exact.var(-1))
+
+
+def test_pictures_of_other_sizes_are_read_too() -> None:
+    """Each size is a graph of its own, whole, also where sizes were to be symbols."""
+    model = net()
+    expected, seen = [], []
+    for dynamic in (None, True):
+        torch.compiler.reset()
+        with Monitor(model) as monitor, torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
+            for size in (8, 10, 12):
+                compiled(torch.ones(2, 3, size, size))
+                seen.append(monitor.snapshot().samples)
+        expected += [2, 4, 6]
+    assert seen == expected

@@ -139,9 +139,9 @@ def test_requests_that_wait_for_the_model_are_not_ended_for_the_one_behind_them(
     with serving(Waits()) as client, raw(client) as sock:
         last = request(b"Connection: close")
         sock.sendall(request(body=content(77)) + request() + last[:30])
-        assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+        first = sock.recv(1000)
         sock.sendall(last[30:])
-        assert read_all(sock).count(b"HTTP/1.1 200") == 2
+        assert (first + read_all(sock)).count(b"HTTP/1.1 200") == 3
 
 
 LARGE = [
@@ -241,8 +241,8 @@ def test_a_client_that_sends_no_more_has_its_answer(body: bytes) -> None:
         received = read_all(sock)
         head = received.removeprefix(connection.CONTINUE).lower()
         assert head.startswith(b"http/1.1 200")
-        assert b"\r\nconnection: close\r\n" in head
-        if body == content(77):
+        if body == content(77):  # others may be answered before it shows that no more comes
+            assert b"\r\nconnection: close\r\n" in head
             assert received.startswith(connection.CONTINUE), "whether it is still there"
 
 
