@@ -71,8 +71,7 @@ class EvalHold:
             if self.depth == 0:
                 _holds.append(self)
             self.depth += 1
-        if _abandoned:
-            _let_go_of_abandoned()
+        _let_go_of_abandoned()
         return found
 
     def release(self) -> list[nn.Module]:
@@ -83,8 +82,7 @@ class EvalHold:
         """
         with _LOCK:
             flipped = self._release()
-        if _abandoned:
-            _let_go_of_abandoned()
+        _let_go_of_abandoned()
         return flipped
 
     def names(self, modules: Iterable[nn.Module]) -> list[str]:

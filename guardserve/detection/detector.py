@@ -17,7 +17,7 @@ from guardserve.detection.diagnosis import (
     MovedChannel,
     ShiftAverage,
     describe,
-    lead_layer,
+    first_layer,
     moved_channels,
 )
 from guardserve.detection.encoding import shorten
@@ -177,13 +177,14 @@ class Detector:
 
     def detection(self) -> Detection:
         """Summarise the samples so far."""
-        shown = self._average is not None and self._alarm_at is not None
-        reading = ""
+        layer, reading = None, ""
+        channels: tuple[MovedChannel, ...] = ()
         if self._average is not None and self._alarm_at is not None:
             end = self._samples if self._ended_at is None else self._ended_at
-            reading = describe(
-                self._average, self.profile, self._lead, end - self._alarm_at, over=self._ended_at is not None
-            )
+            lead = self._average.lead(self.profile)
+            lead = self._lead if lead is None else lead
+            layer, channels = self.profile.layers[lead], moved_channels(self._average, self.profile, lead)
+            reading = describe(self._average, self.profile, lead, end - self._alarm_at, over=self._ended_at is not None)
         return Detection(
             state=self._state,
             samples=self._samples,
@@ -192,8 +193,8 @@ class Detector:
             threshold=self.threshold,
             alarms=self._alarms,
             alarm_at=self._alarm_at,
-            layer=self.profile.layers[self._lead] if shown else None,
-            channels=moved_channels(self._average, self.profile, self._lead) if self._average is not None else (),
+            layer=layer,
+            channels=channels,
             reading=reading,
             layers=dict(zip(self.profile.layers, self._layer_evidence(), strict=True)),
         )
@@ -259,7 +260,7 @@ class Detector:
                 self._state = "ok"
         if shifted and self._average is not None:
             self._average.update(features[shifted], vectors[shifted])
-            self._lead = lead_layer(self._average, self.profile, evidence[shifted[-1]])
+            self._lead = first_layer(evidence[shifted[-1]])
         if positions:
             self._evidence, self._relative = evidence[-1], largest[-1]
             self._recent = np.concatenate([self._recent, vectors[-LOOK_BACK:]])[-LOOK_BACK:]
@@ -271,7 +272,7 @@ class Detector:
         recent = np.concatenate([self._recent, vectors[: row + 1]])[-LOOK_BACK:]
         end = self._end - len(features) + row + 1
         self._average = ShiftAverage(self._rows[end - len(recent) : end], recent)
-        self._lead = lead_layer(self._average, self.profile, evidence)
+        self._lead = first_layer(evidence)
 
     def state_dict(self) -> Arrays:
         """Return all that the detector remembers, as arrays; p-values that nobody has drained are left behind."""

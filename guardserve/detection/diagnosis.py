@@ -106,7 +106,10 @@ class ShiftAverage:
         return min(UNTYPICAL, math.sqrt(whitened / plain)) if plain else UNTYPICAL
 
     def lead(self, profile: ReferenceProfile) -> int | None:
-        """Find the earliest layer whose average has left its null, in execution order; None if none surely has."""
+        """Find the earliest layer whose average has left its null: eval-mode layers hand a shift on.
+
+        None if none surely has.
+        """
         moved, dimensions = self.squares(profile), np.array(profile.sketch.dimensions)
         error = np.sqrt(2 * dimensions) * self.noise + dimensions / profile.samples
         beyond = np.flatnonzero(moved >= np.maximum(SURE * error, TRACE * moved.max()))
@@ -120,15 +123,12 @@ class ShiftAverage:
         return means[start : start + count], spreads[start : start + count]
 
 
-def lead_layer(average: ShiftAverage, profile: ReferenceProfile, evidence: Array) -> int:
-    """Find the earliest layer that left its null, in execution order: eval-mode layers hand a shift on.
+def first_layer(evidence: Array) -> int:
+    """Find the first layer, in execution order, with as much as a quarter of the largest evidence.
 
-    Where the average since the alarm does not tell yet, it is the first with as much as a quarter of the largest
-    evidence now (shape ``(charts, layers)``; a level of 1 is what a statistic exceeds in 1 of 1,000 clean samples).
+    Args:
+        evidence: Shape ``(charts, layers)``; a level of 1 is what a statistic exceeds in 1 of 1,000 clean samples.
     """
-    lead = average.lead(profile)
-    if lead is not None:
-        return lead
     strongest = evidence.max(0)
     beyond = np.flatnonzero(strongest >= max(1.0, 0.25 * float(strongest.max())))
     return int(beyond[0]) if len(beyond) else int(strongest.argmax())
