@@ -7,7 +7,7 @@ import math
 import random
 import ssl
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -55,7 +55,7 @@ NOTHING: Mapping[str, object] = MappingProxyType({})
 class _Calls:
     """The calls, as steps."""
 
-    _connections: type[httpx.Client | httpx.AsyncClient]
+    _connections: Callable[..., httpx.Client | httpx.AsyncClient]
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class _Calls:
         timeout: float | None = 60.0,
         retries: int = 2,
         verify: ssl.SSLContext | bool = True,
+        trust_env: bool = False,
     ) -> None:
         self._path = f"/v2/models/{quote(model, safe='')}"
         if version is not None:
@@ -74,7 +75,7 @@ class _Calls:
         self._timeout = _checked(timeout)
         self._retries = retries
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._http = self._connections(base_url=_address(url), headers=headers, verify=verify)
+        self._http = self._connections(base_url=_address(url), headers=headers, verify=verify, trust_env=trust_env)
 
     def _infer(
         self,
@@ -156,13 +157,17 @@ class Client(_Calls):
         timeout: Seconds that a call may take, with all of its tries and whatever the server does; None for any time.
         retries: Times that a request is sent again when the server answers 429 or 503 with ``Retry-After``. Nothing
             else is sent again.
-        verify: What to verify an https server's certificate with, where the system's authorities do not do.
+        verify: What to verify an https server's certificate with, where the authorities that httpx brings do not do.
+        trust_env: Whether to heed ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``, ``SSL_CERT_FILE`` and
+            ``SSL_CERT_DIR``, as httpx does by default. Here the default is not to: a model is served on loopback or
+            beside its client, where a proxy that was set for the way to the outside cannot reach it, answers in its
+            place with errors of its own, and is shown inputs and API key. ``tritonclient`` heeds none either.
 
     Raises:
         ValueError: If the URL is none of http or https, or the timeout is no number of seconds above 0.
     """
 
-    _connections = httpx.Client
+    _connections = staticmethod(_DEADLINE.client)
     _http: httpx.Client
 
     def __enter__(self) -> Self:
@@ -233,7 +238,6 @@ class Client(_Calls):
                     time.sleep(step)
                     continue
                 request, timeout = step
-                request.extensions["trace"] = _DEADLINE.watch
                 _DEADLINE.end = math.inf if timeout is None else time.monotonic() + timeout
                 try:
                     outcome = self._http.send(request)
@@ -249,7 +253,7 @@ class AsyncClient(_Calls):
     It takes the same arguments.
     """
 
-    _connections = httpx.AsyncClient
+    _connections = staticmethod(httpx.AsyncClient)
     _http: httpx.AsyncClient
 
     async def __aenter__(self) -> Self:

@@ -6,7 +6,6 @@ what is behind them from the page.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.live import Live
@@ -29,6 +29,8 @@ from guardserve.service.background import serve_in_background
 
 if TYPE_CHECKING:
     import httpx
+
+    from guardserve.client import Client
 
 CLEAN, SHIFT = "clean", "brighter"
 IMAGES = 256
@@ -83,60 +85,50 @@ def run_demo(host: str, port: int, *, once: bool, console: Console) -> bool:
     """
     import httpx  # noqa: PLC0415 - with all that it brings it takes memory, which servers do without
 
+    from guardserve.client import Client  # noqa: PLC0415 - as above
+
     digits = load_digits()
     loaded = load_model("demo")
     console.print(f"A reference profile is made of {len(digits.reference.labels)} clean images.\n")
     profile = ReferenceProfile.fit(loaded.module, [digits.reference.images], target_arl=TARGET_ARL)
     runtime = Runtime(loaded, reference=profile, target_arl=TARGET_ARL)
     app = create_app(runtime)
-    with serve_in_background(app, host, port) as address, httpx.Client(base_url=address, trust_env=False) as client:
-        _await_ready(client)
+    with (
+        serve_in_background(app, host, port) as address,
+        Client(address, runtime.name) as model,
+        httpx.Client(base_url=address, trust_env=False) as pages,
+    ):
+        _await_ready(pages)
         console.print(f"[bold]guardserve[/bold] serves [bold]{runtime.name}[/bold], a CNN for handwritten digits,")
         console.print("which its factory left in training mode; the guard runs it in eval mode.")
         console.print(f"  page     {address}/ui\n  metrics  {address}/metrics\n  docs     {address}/docs\n")
         phases = [Phase(CLEAN), Phase(SHIFT)]
         with Live(console=console, auto_refresh=False) as view:
             for phase in phases:
-                for _ in _send(client, runtime.name, digits.live, phase):
+                for _ in _send(model, pages, digits.live, phase):
                     view.update(_table(phases), refresh=True)
         clean, shifted = phases
-        console.print("\n" + _summary(clean, shifted, _reason(client)), soft_wrap=True)
+        console.print("\n" + _summary(clean, shifted, _reason(pages)), soft_wrap=True)
         if not once:
             console.print("\nServing on; Ctrl-C stops.")
             _wait()
     return clean.alarm_after is None and shifted.alarm_after is not None
 
 
-def _send(client: httpx.Client, model: str, digits: DigitSet, phase: Phase) -> Iterator[None]:
+def _send(model: Client, pages: httpx.Client, digits: DigitSet, phase: Phase) -> Iterator[None]:
     """Send one phase's requests, yielding after each."""
     images = digits.images if phase.name == CLEAN else SHIFTS[phase.name](digits.images)
     order = torch.randperm(len(digits.labels), generator=torch.Generator().manual_seed(0))
     for row in order.narrow(0, 0, IMAGES).unsqueeze(1):
-        logits = _infer(client, model, images[row])
+        (logits,) = model.infer({"image": images[row]}).values()
         phase.samples += 1
         phase.correct += int(logits.argmax() == digits.labels[row])
-        phase.finite &= bool(logits.isfinite().all())
-        metrics = _metrics(client)
+        phase.finite &= bool(np.isfinite(logits).all())
+        metrics = _metrics(pages)
         phase.evidence = metrics["guardserve_shift_evidence"]
         if phase.alarm_after is None and metrics["guardserve_shift_alarms_total"]:
             phase.alarm_after = phase.samples
         yield
-
-
-def _infer(client: httpx.Client, model: str, images: torch.Tensor) -> torch.Tensor:
-    """Send images in the protocol's binary form; return the logits, shape ``(N, 10)``."""
-    tensor = images.contiguous().numpy().astype("<f4").tobytes()
-    entry = {
-        "name": "image",
-        "shape": list(images.shape),
-        "datatype": "FP32",
-        "parameters": {"binary_data_size": len(tensor)},
-    }
-    header = json.dumps({"inputs": [entry]}).encode()
-    headers = {"Inference-Header-Content-Length": str(len(header)), "Content-Type": "application/octet-stream"}
-    answer = client.post(f"/v2/models/{model}/infer", content=header + tensor, headers=headers).raise_for_status()
-    (output,) = answer.json()["outputs"]
-    return torch.tensor(output["data"]).reshape(output["shape"])
 
 
 def _metrics(client: httpx.Client) -> dict[str, float]:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeAlias
 
@@ -459,3 +459,87 @@ def test_many_threads_and_tasks_share_one_client() -> None:
                 np.testing.assert_allclose(answer["inverse"], 1 / x[:, :1], rtol=1e-6)
 
         asyncio.run(together())
+
+
+@contextmanager
+def silent() -> Iterator[int]:
+    """Have a port whose connections are never made, as nobody takes those that wait already."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def test_a_call_ends_in_time_however_many_addresses_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connections to all of a name's addresses have one call's time, not as much each."""
+    with silent() as port:
+        address = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+        find = socket.getaddrinfo
+        monkeypatch.setattr(
+            socket,
+            "getaddrinfo",
+            lambda host, *rest, **named: [address] * 20 if host == "many" else find(host, *rest, **named),
+        )
+        started = time.monotonic()
+        with pytest.raises(exceptions.ClientTimeoutError, match=r"within 0\.5 s"):
+            call_sync(f"http://many:{port}", "infer", {"x": ROWS}, timeout=0.5)
+        assert 0.4 <= time.monotonic() - started < 5
+
+
+def test_a_call_ends_in_time_however_long_its_servers_name_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's own search for an address has no limit."""
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(60))
+    started = time.monotonic()
+    try:
+        with pytest.raises(exceptions.ClientTimeoutError):
+            call_sync("http://nowhere:1", "infer", {"x": ROWS}, timeout=0.5)
+        assert time.monotonic() - started < 10
+    finally:
+        over.set()
+
+
+def test_the_second_address_is_tried_when_the_first_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when localhost means IPv6 first, and the server has only the other; none at all is an error of its own."""
+    with canned((200, {}, GOOD)) as (url, _):
+        port = int(url.rpartition(":")[2])
+        find = socket.getaddrinfo
+        both = [find(address, port, type=socket.SOCK_STREAM)[0] for address in ("127.0.0.2", "127.0.0.1")]
+        known: dict[str, Any] = {"both": both}
+
+        def found(host: str, *rest: Any, **named: Any) -> Any:
+            if host == "none":
+                raise socket.gaierror(socket.EAI_NONAME, "not known")
+            return known.get(host) or find(host, *rest, **named)
+
+        monkeypatch.setattr(socket, "getaddrinfo", found)
+        call_sync(f"http://both:{port}", "infer", {"x": ROWS})
+        with pytest.raises(exceptions.UnreachableError, match="no address of none"):
+            call_sync(f"http://none:{port}", "infer", {"x": ROWS})
+
+
+def test_proxies_of_the_environment_are_heeded_when_asked_for_only(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server on loopback is asked itself, whatever the way to the outside is."""
+    with canned((200, {}, GOOD)) as (proxy, asked), canned((200, {}, GOOD)) as (url, server):
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        call(url, "infer", {"x": ROWS})
+        assert (server.seen, asked.seen) == (1, 0)
+        call(url, "infer", {"x": ROWS}, options={"trust_env": True})
+        assert (server.seen, asked.seen) == (1, 1)
+
+
+def test_a_call_through_a_proxy_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slowly that answers."""
+    with dripping(lambda taken: taken.sendall(b"x"), b"HTTP/1.1 200 OK\r\nX: ") as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        started = time.monotonic()
+        with pytest.raises(exceptions.ClientTimeoutError):
+            call_sync("http://127.0.0.1:1", "infer", {"x": ROWS}, timeout=0.5, options={"trust_env": True})
+        assert time.monotonic() - started < 10
