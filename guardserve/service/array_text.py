@@ -22,6 +22,7 @@ _START = re.compile(rb"[ \t\n\r]*:[ \t\n\r]*\[")  # of an array, behind its name
 _NAME = b'"data"'
 _SPACE = b" \t\n\r"
 _VALUES = bytes(byte for byte in range(256) if byte not in b"[],")
+_KINDS = bytes(byte if byte in b"[]," else ord("0") for byte in range(256))
 _MARK = secrets.token_hex(8)
 
 
@@ -177,12 +178,8 @@ def _values(piece: bytes) -> list[Any]:
 
 def _outside(piece: bytes) -> bool:
     """Tell whether no value stands before an opening bracket, or behind a closing one, as if it were inside."""
-    before = (part.rstrip(_SPACE) for part in piece.split(b"[")[:-1])
-    behind = (part.lstrip(_SPACE) for part in piece.split(b"]")[1:])
-    # a part that begins or ends with a bracket has one beside this
-    return all(not part or part[-1] in b",]" for part in before) and all(
-        not part or part[0] in b",[" for part in behind
-    )
+    kinds = piece.translate(_KINDS, _SPACE)
+    return b"0[" not in kinds and b"]0" not in kinds
 
 
 def _end(body: bytes, start: int, size: int) -> int | None:

@@ -18,7 +18,8 @@ from guardserve.identity import Identity
 from guardserve.service.answer import Answer, refusal
 from guardserve.service.app import Service
 from guardserve.service.gateway import Gateway
-from guardserve.service.inference import Pending, is_small
+from guardserve.service.inference import Pending
+from guardserve.service.reading import is_small
 
 HEADER_TIMEOUT = 10.0
 """Seconds from a connection's first moment, or from a request's first byte, until its headers are whole.

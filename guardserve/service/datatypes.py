@@ -149,10 +149,11 @@ def _read(text: ArrayText, dtype: torch.dtype, shape: Sequence[int], hold: Hold)
     pure = not text.has_booleans
     array: Array = np.empty(count, np.bool_ if dtype is torch.bool else _STORAGE[dtype])
     for values in text.lists(shape):
-        numbers = _to_array(values, dtype, found, pure=pure)
-        part = array[found : found + len(numbers)]
-        part[:] = numbers[: len(part)]
-        found += len(numbers)
+        hold(0)
+        if found + len(values) > count:  # what follows is not worth the time
+            raise ValueError(f"data holds more than the {count} values that shape {list(shape)} takes")
+        array[found : found + len(values)] = _to_array(values, dtype, found, pure=pure)
+        found += len(values)
     _check_count(found, shape)
     return array
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from reprlib import repr as shown
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -22,22 +20,17 @@ from guardserve.identity import MAX_LENGTH, identified
 from guardserve.metrics import Metrics
 from guardserve.runtime import Runtime
 from guardserve.service.answer import CLIENT_CLOSED_REQUEST, INTERNAL, RETRY_AFTER, Answer, failure, refusal
-from guardserve.service.body import MAX_REST, json_member
+from guardserve.service.body import json_member
 from guardserve.service.holding import Held
-from guardserve.service.images import is_image, read_image_request
+from guardserve.service.lanes import Lanes
 from guardserve.service.limits import Limits
 from guardserve.service.mailbox import Mailbox
-from guardserve.service.protocol import InferRequest, ProtocolError, decompress
-from guardserve.service.request import RequestReader
+from guardserve.service.protocol import InferRequest, ProtocolError
+from guardserve.service.reading import SMALL, Reading, Receive, is_small
 from guardserve.service.response import ResponseWriter
 from guardserve.service.shift import P_VALUES, ShiftPolicy
 
-Receive: TypeAlias = Callable[[], Awaitable[Any]]
 Outcome: TypeAlias = Literal["done", "expired", "gone"]
-T = TypeVar("T")
-
-SMALL = 256 * 1024
-"""Bytes up to which a body or an answer is read or written on the event loop; more would keep it from others."""
 
 IDLE_INTERVAL = 0.02
 """Seconds between two looks whether the last request has its answer."""
@@ -157,16 +150,15 @@ class Inference:
             self_test_interval=limits.self_test_interval,
             forward_ended=metrics.forward_ended,
         )
-        self._reader = RequestReader(lambda: runtime.signature, self._max_batch_size)
+        self._lanes = Lanes()
+        self._reading = Reading(runtime, limits, self._max_batch_size, self._lanes)
         self._writer = ResponseWriter(runtime.name, self.versions[-1])
-        self._coder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardserve-coder")
         self._pending: dict[Pending, None] = {}
         self._done: Mailbox[Sequence[Job]] | None = None
         self._patrolling = False
         self._arrivals = 0
         self._arrivals_seen = 0
         self._alone = False
-        self._coding = 0
 
     def start(self) -> asyncio.Future[GuardserveError | None]:
         """Start the engine, which probes the model; call it on the event loop.
@@ -187,7 +179,7 @@ class Inference:
 
     async def idle(self) -> None:
         """Wait until every request that came here has its answer; none may come any more."""
-        while self._pending or self._coding:  # noqa: ASYNC110 - an event would cost every request
+        while self._pending or self._lanes.busy:  # noqa: ASYNC110 - an event would cost every request
             await asyncio.sleep(IDLE_INTERVAL)
 
     async def close(self, timeout: float | None) -> None:
@@ -195,7 +187,7 @@ class Inference:
         await asyncio.get_running_loop().run_in_executor(None, self.engine.close, timeout)
         if self._done is not None:
             self._done.close()
-        self._coder.shutdown(wait=False)
+        self._lanes.close()
 
     async def answer(self, body: bytes, headers: Mapping[bytes, bytes], receive: Receive, held: Held) -> Answer:
         """Answer one request.
@@ -214,13 +206,11 @@ class Inference:
         ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         try:
             if is_small(body, headers):
-                request = self._read(body, headers, held)
+                request = self._reading.read(body, headers, held)
             else:
-                timeout = self._limits.request_timeout
-                late = math.inf if timeout is None else time.monotonic() + timeout
-                reading = await self._aside(functools.partial(self._read_before, late, body, headers, held))
-                if reading is None:
-                    return OUTCOMES["expired"]
+                reading = await self._reading.aside(body, headers, receive, held)
+                if not isinstance(reading, InferRequest):
+                    return OUTCOMES[reading]
                 request = reading
             del body
             job = self._submit(request, functools.partial(_end, ended), receive)
@@ -234,7 +224,7 @@ class Inference:
         if failed is not None or job.result is None:
             return failed or OUTCOMES["done"]
         write = functools.partial(self._write, job.result, request)
-        return await self._aside(write) if _is_large(job.result) else write()
+        return await self._lanes.short(write) if _is_large(job.result) else write()
 
     def begin(
         self, body: bytes, headers: Mapping[bytes, bytes], send: Callable[[Answer], object], held: Held
@@ -264,7 +254,7 @@ class Inference:
                 if answer is None and job.result is not None:
                     if _is_large(job.result):
                         writing = asyncio.ensure_future(
-                            self._aside(functools.partial(self._write, job.result, request))
+                            self._lanes.short(functools.partial(self._write, job.result, request))
                         )
                         with identified(job.identity):
                             writing.add_done_callback(lambda written: send(_written(written)))
@@ -277,7 +267,7 @@ class Inference:
             send(answer or OUTCOMES["done"])
 
         try:
-            request = self._read(body, headers, held)
+            request = self._reading.read(body, headers, held)
             job = self._submit(request, ended, None)
         except GuardserveError as error:
             send(failure(error, self.runtime.name))
@@ -295,35 +285,6 @@ class Inference:
             with identified(job.identity):
                 return failure(job.result.error, self.runtime.name)
         return self._shift.refusal(job.result.p_values)
-
-    async def _aside(self, function: Callable[[], T]) -> T:
-        """Call a function that takes long where it keeps nobody waiting."""
-        self._coding += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._coder, function)
-        finally:
-            self._coding -= 1
-
-    def _read_before(self, late: float, body: bytes, headers: Mapping[bytes, bytes], held: Held) -> InferRequest | None:
-        """Read a request, unless others took so long that it is too late by now."""
-        return None if time.monotonic() >= late else self._read(body, headers, held)
-
-    def _read(self, body: bytes, headers: Mapping[bytes, bytes], held: Held) -> InferRequest:
-        encoding = headers.get(b"content-encoding")
-        received = len(body)
-        if encoding is not None or received > self._limits.max_body_size:
-            coding = None if encoding is None else encoding.decode("latin-1")
-            body = decompress(body, coding, self._limits.max_body_size, held.more)
-        if is_image(headers):
-            runtime, most = self.runtime, self._limits.max_image_pixels
-            request = read_image_request(body, headers, runtime.signature, runtime.preprocessing, most, hold=held.more)
-        else:
-            length = headers.get(b"inference-header-content-length")
-            request = self._reader.read(body, None if length is None else length.decode("latin-1"), held.more)
-        # from here on there are its tensors, and an identifier and parameters, which are no longer than this
-        tensors = sum([tensor.nbytes for tensor in request.inputs.values()])
-        held.keep(max(tensors, received, min(len(body), MAX_REST)))
-        return request
 
     def _write(self, result: Result, request: InferRequest) -> Answer:
         found = "; ".join(map(str, result.nonfinite))
@@ -450,11 +411,6 @@ class Inference:
         if message["type"] == "http.disconnect":
             self.engine.drop(job)
             job.settle("gone")
-
-
-def is_small(body: bytes | bytearray, headers: Mapping[bytes, bytes]) -> bool:
-    """Tell whether a request is read on the event loop."""
-    return len(body) <= SMALL and b"content-encoding" not in headers and not is_image(headers)
 
 
 def _end(ended: asyncio.Future[Outcome], outcome: Outcome) -> None:

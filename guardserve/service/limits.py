@@ -11,7 +11,10 @@ from guardserve.loading.preprocessing import MAX_PIXELS
 MIB = 2**20
 
 Hold: TypeAlias = Callable[[int], None]
-"""Told of bytes before they are allocated for a request; it raises if there is no room for them."""
+"""Told of bytes before they are allocated for a request; it raises if there is no room for them.
+
+It is told of 0 bytes now and then by what takes long: others may go first, and it raises if nobody waits any more.
+"""
 
 
 def unlimited(size: int) -> None:

@@ -112,8 +112,21 @@ def test_a_value_that_does_not_fit_is_named_by_its_place_in_the_whole() -> None:
 @pytest.mark.parametrize(("given", "shape"), [(99, [100]), (101, [100]), (99, [10, 10]), (3, [2**60, 4])])
 def test_another_number_of_values_is_refused(given: int, shape: list[int]) -> None:
     """Too few, too many, or so many that there is no memory for them."""
-    with pytest.raises(ValueError, match=f"{given} values, but shape|does not hold the|not made of lists"):
+    with pytest.raises(
+        ValueError, match=f"{given} values, but shape|more than the|does not hold the|not made of lists"
+    ):
         read(nested(["1.25"] * given, [given], ""), torch.float32, shape)
+
+
+def test_what_follows_more_values_than_the_shape_takes_is_not_read() -> None:
+    """A few kilobytes of gzip are millions of values, which take seconds: the first that is too many ends it."""
+    text = b"[" + b",".join([b"0"] * 2**20) + b"]"
+    with (
+        mock.patch.object(array_text, "parse_numbers", wraps=array_text.parse_numbers) as parse,
+        pytest.raises(ValueError, match="data holds more than the 100000 values"),
+    ):
+        decode_json(ArrayText(text, 0, len(text)), torch.float32, [100_000])
+    assert parse.call_count == 100_000 * len(b"0,") // array_text.PIECE + 1
 
 
 def test_the_memory_is_told_of_before_it_is_taken() -> None:
@@ -121,7 +134,8 @@ def test_the_memory_is_told_of_before_it_is_taken() -> None:
     text = b"[" + b",".join([b"1"] * 2**20) + b"]"
     told: list[int] = []
     decode_json(ArrayText(text, 0, len(text)), torch.float32, [2**20], told.append)
-    assert told == [4 * 2**20]
+    assert told == [4 * 2**20] + [0] * (len(told) - 1), "and between its pieces others may go first"
+    assert len(told) > 16
 
     def refuse(size: int) -> None:
         raise MemoryError(size)

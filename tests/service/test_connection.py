@@ -21,7 +21,7 @@ from torch import nn
 
 from guardserve.runtime import Runtime
 from guardserve.service import connection as connection_module
-from guardserve.service import inference
+from guardserve.service import inference, reading
 from guardserve.service.app import create_app
 from guardserve.service.background import serve_in_background
 from guardserve.service.connection import PATIENCE, Connection
@@ -143,7 +143,7 @@ def test_what_is_not_plain_takes_the_long_way(short: mock.Mock) -> None:
         connection.socket.sendall(request(4, path="/v2/models/other/infer"))
         assert connection.answer()[0] == 404
         tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [5, 1, 2]}
-        assert client.post(INFER, json={"inputs": [tensor], "id": "x" * inference.SMALL}).status_code == 200
+        assert client.post(INFER, json={"inputs": [tensor], "id": "x" * reading.SMALL}).status_code == 200
         assert short.call_count == 0
         connection.socket.sendall(request(6))
         assert connection.first() == 6
@@ -349,8 +349,8 @@ def test_middleware_around_the_application_sees_every_request(short: mock.Mock) 
 def test_a_fault_in_the_short_way_is_500_and_counted(short: mock.Mock) -> None:
     """Whether it happens before the forward or after, the client is answered and the connection goes on."""
     with serving(Echo()) as client, connected(client) as connection:
-        for where in ("_read", "_write"):
-            with mock.patch.object(inference.Inference, where, side_effect=KeyError("a secret")):
+        for owner, where in ((reading.Reading, "read"), (inference.Inference, "_write")):
+            with mock.patch.object(owner, where, side_effect=KeyError("a secret")):
                 connection.socket.sendall(request(1))
                 status, _, body = connection.answer()
                 assert status == 500

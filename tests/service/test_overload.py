@@ -21,7 +21,7 @@ from serving import metric, serving, wait_until
 from torch import nn
 
 from guardserve.service import connection
-from guardserve.service.inference import Inference
+from guardserve.service.reading import Reading
 from guardserve.service.request import InferRequest
 from guardserve.signature import TensorSpec
 
@@ -353,15 +353,15 @@ def test_what_is_made_of_a_body_counts_as_held() -> None:
 
 def test_a_large_request_that_waits_too_long_to_be_read_gets_504(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that came before it took its time, and nobody waits for it any more."""
-    gate, read = threading.Event(), Inference._read
+    gate, read = threading.Event(), Reading.read
     began: list[float] = []
 
-    def slowly(*arguments: Any) -> InferRequest:
+    def slowly(*arguments: Any, **named: Any) -> InferRequest:
         began.append(time.monotonic())
         gate.wait(30)
-        return read(*arguments)
+        return read(*arguments, **named)
 
-    monkeypatch.setattr(Inference, "_read", slowly)
+    monkeypatch.setattr(Reading, "read", slowly)
     sent, headers = gzip.compress(json.dumps(body(1)).encode()), {"Content-Encoding": "gzip"}
     with serving(Gate(), request_timeout=0.5) as client, ThreadPoolExecutor(2) as threads:
         first = threads.submit(client.post, INFER, content=sent, headers=headers, timeout=30)
