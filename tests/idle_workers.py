@@ -23,3 +23,20 @@ def silent_then_broken(connection: Connection, sockets: object, up: bytes, start
         raise SystemExit(3)
     connection.send_bytes(up)
     time.sleep(60)
+
+
+def up_then_gone(connection: Connection, sockets: object, up: bytes, starts: Path) -> None:
+    """Say once to be up and end; the next times, end at once.
+
+    Args:
+        connection: The line to the supervisor.
+        sockets: Not used.
+        up: What to say.
+        starts: File of one character for each start.
+    """
+    del sockets
+    with starts.open("a") as file:
+        file.write(".")
+    if len(starts.read_text()) == 1:
+        connection.send_bytes(up)
+    raise SystemExit(3)

@@ -250,7 +250,7 @@ def test_the_last_word_of_a_worker_stays_whatever_comes_after_it() -> None:
     (worker,) = supervisor._workers
     last = Report(None, [CounterMetricFamily("guardserve_x", "x", value=9)])
     for report, kept in ((Report(1, []), Report(1, [])), (last, last), (Report(2, []), last)):
-        supervisor._reported(worker, report)
+        supervisor._rounds.hear(worker, report)
         assert worker.report == kept
 
 

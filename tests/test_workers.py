@@ -40,6 +40,7 @@ from guardserve.exceptions import GuardserveError
 from guardserve.metrics import METRICS
 from guardserve.monitor import Detection, Detector, Monitor, ReferenceProfile, Summary
 from guardserve.workers import Supervisor
+from guardserve.workers import rounds as rounds_module
 from guardserve.workers import supervisor as supervisor_module
 from guardserve.workers.families import merge
 from guardserve.workers.messages import Report, Up
@@ -571,8 +572,10 @@ def test_a_worker_that_says_nothing_is_ended_and_one_that_cannot_start_again_end
 ) -> None:
     """Nobody waits for either: the one is replaced, and after some attempts the supervisor gives up."""
     before = signal.getsignal(signal.SIGTERM)
-    for name, value in {"SILENCE": 0.3, "POLL_INTERVAL": 0.1, "PATIENCE": 0.1, "ATTEMPTS": 3, "BACKOFF": 0.01}.items():
+    for name, value in {"SILENCE": 0.3, "ATTEMPTS": 3, "BACKOFF": 0.01}.items():
         monkeypatch.setattr(supervisor_module, name, value)
+    for name in ("POLL_INTERVAL", "PATIENCE"):
+        monkeypatch.setattr(rounds_module, name, 0.1)
     starts = tmp_path / "starts"
     arguments = (pickle.dumps(Up()), starts)
     supervisor = Supervisor(silent_then_broken, arguments, sockets=[], workers=1, pool=Pool(), timeout=1)

@@ -34,7 +34,7 @@ from guardserve.service.shift import ShiftPolicy
 from guardserve.service.versions import Together
 from guardserve.settings import ENV_PREFIX, ServeSettings
 from guardserve.traces import traced
-from guardserve.workers import Link, Pool, Supervisor, WorkerServer, bind
+from guardserve.workers import Link, Pool, StandIn, Supervisor, WorkerServer, bind
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _supervise(model: str, settings: ServeSettings) -> None:
     Raises:
         GuardserveError: If they do not start, or did not end as they should.
     """
-    _access(settings)
+    access = _access(settings)
     reference, learned = _reference(settings)
     if learned is not None or (reference is None and settings.reference_from_traffic is not None):
         raise SettingsError(
@@ -130,6 +130,7 @@ def _supervise(model: str, settings: ServeSettings) -> None:
         workers=settings.workers,
         pool=pool,
         timeout=settings.drain_delay + 2 * settings.shutdown_timeout,
+        stand_in=StandIn(access, sockets, functools.partial(_config, settings), settings.max_connections),
     ).run()
 
 

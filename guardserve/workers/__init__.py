@@ -7,6 +7,7 @@ from guardserve.workers.link import Link
 from guardserve.workers.pool import Pool
 from guardserve.workers.server import WorkerServer
 from guardserve.workers.sockets import bind
+from guardserve.workers.stand_in import StandIn
 from guardserve.workers.supervisor import Supervisor
 
-__all__ = ["Link", "Pool", "Supervisor", "WorkerServer", "bind"]
+__all__ = ["Link", "Pool", "StandIn", "Supervisor", "WorkerServer", "bind"]

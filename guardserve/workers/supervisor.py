@@ -19,30 +19,14 @@ from types import FrameType
 from typing import Any
 
 from guardserve.exceptions import GuardserveError
-from guardserve.workers.messages import (
-    Collect,
-    Decided,
-    Failed,
-    Hurry,
-    Line,
-    Pooled,
-    Prepared,
-    Reload,
-    Report,
-    Scrape,
-    Up,
-)
+from guardserve.workers.messages import Decided, Failed, Hurry, Line, Prepared, Reload, Report, Scrape, Up
 from guardserve.workers.pool import Pool
 from guardserve.workers.reloading import Reloading
+from guardserve.workers.rounds import Rounds
+from guardserve.workers.stand_in import StandIn
 from guardserve.workers.worker import Worker, limit, words
 
 _log = logging.getLogger(__name__)
-
-POLL_INTERVAL = 2.0
-"""Seconds between two times that the workers are asked for what they have counted, scraped or not."""
-
-PATIENCE = 0.5
-"""Seconds that workers have to report: after that, the last report of one that is busy or hangs is used."""
 
 SILENCE = 60.0
 """Seconds after which a worker that does not report is taken for dead, and ended."""
@@ -80,6 +64,7 @@ class Supervisor:
         workers: Their number.
         pool: Where their reports come together.
         timeout: Seconds that a worker may take to end once it is told to.
+        stand_in: Answers what connects while no worker does, once one has.
     """
 
     def __init__(
@@ -91,6 +76,7 @@ class Supervisor:
         workers: int,
         pool: Pool,
         timeout: float,
+        stand_in: StandIn | None = None,
     ) -> None:
         self._target = target
         self._arguments = arguments
@@ -103,13 +89,10 @@ class Supervisor:
         self._restarts = 0
         self._failed_starts = 0
         self._was_up = False
-        self._round = 0
-        self._round_ends: float | None = None
-        self._asked: set[int] = set()
-        self._waiting: list[tuple[Worker, int]] = []
-        self._next_waiting: list[tuple[Worker, int]] = []
-        self._next_round = self._next_save = 0.0
+        self._next_save = 0.0
         self._reloading = Reloading(self._workers)
+        self._rounds = Rounds(self._workers, pool, lambda: self._restarts)
+        self._stand_in = stand_in
 
     def run(self) -> None:
         """Serve until a signal, then have every worker answer what it has accepted; call it on the main thread.
@@ -120,6 +103,8 @@ class Supervisor:
         with ExitStack() as stack:
             wakeup = stack.enter_context(self._signalled())
             stack.callback(self._abandon)
+            if self._stand_in is not None:
+                stack.callback(self._stand_in.close)
             for worker in self._workers:
                 self._start(worker)
             self._next_save = time.monotonic() + SAVE_INTERVAL
@@ -150,18 +135,10 @@ class Supervisor:
 
     def _next_moment(self) -> float:
         """Return when something is due though nothing happens."""
-        moments = [self._next_save]
-        if self._round_ends is not None:
-            moments.append(self._round_ends)
-        elif any(worker.up for worker in self._workers):
-            moments.append(self._next_round)
-        if self._reloading.ends_by is not None:
-            moments.append(self._reloading.ends_by)
-        if self._ends_by is not None:
-            moments.append(self._ends_by)
-        else:
+        moments = [self._next_save, self._rounds.due, self._reloading.ends_by, self._ends_by]
+        if self._ends_by is None:
             moments += [worker.starts_at for worker in self._workers if worker.process is None]
-        return min(moments)
+        return min(moment for moment in moments if moment is not None)
 
     def _in_time(self) -> None:
         """Do what is due."""
@@ -172,10 +149,17 @@ class Supervisor:
         if now >= self._next_save:
             self._next_save = now + SAVE_INTERVAL
             self._pool.save()
-        if self._round_ends is not None and (now >= self._round_ends or not self._asked):
-            self._end_round()
-        if self._round_ends is None and (self._next_waiting or now >= self._next_round):
-            self._begin_round()
+        self._rounds.in_time(now)
+        self._have_answered()
+
+    def _have_answered(self) -> None:
+        """Have what connects answered by whoever can."""
+        if self._stand_in is None or not self._was_up:
+            return
+        if self._ends_by is None and not any(worker.up for worker in self._workers):
+            self._stand_in.begin(min(worker.starts_at for worker in self._workers))
+        else:
+            self._stand_in.end()
 
     def _see_to_workers(self, now: float) -> None:
         """Start those whose time has come, and end those whose time is over."""
@@ -296,24 +280,13 @@ class Supervisor:
         elif isinstance(message, Failed):
             worker.reason = message.reason
         elif isinstance(message, Scrape):
-            self._next_waiting.append((worker, message.ticket))
+            self._rounds.tell(worker, message.ticket)
         elif isinstance(message, Reload):
             self._reloading.begin((worker, message.ticket))
         elif isinstance(message, (Prepared, Decided)):
             self._reloading.hear(worker, message)
         elif isinstance(message, Report):
-            self._reported(worker, message)
-
-    def _reported(self, worker: Worker, report: Report) -> None:
-        """Take what a worker has counted and seen."""
-        if worker.report is None or worker.report.round is not None or report.round is None:
-            worker.report = report  # a last word stays, whatever was on its way
-        worker.silent_since = None
-        if report.round == self._round and self._round_ends is not None:
-            worker.fresh = True
-            self._asked.discard(worker.number)
-        else:
-            self._judge([report])
+            self._rounds.hear(worker, message)
 
     def _is_up(self, worker: Worker) -> None:
         """Note that a worker takes connections."""
@@ -333,7 +306,7 @@ class Supervisor:
             self._pool.retain(worker.report)
         status, age = process.exitcode, worker.age
         worker.forget()
-        self._asked.discard(worker.number)
+        self._rounds.lose(worker)
         self._reloading.lose(worker)
         process.close()
         if self._ends_by is not None:
@@ -366,49 +339,3 @@ class Supervisor:
         self._failed_starts += 1
         if not self._was_up or (self._failed_starts >= ATTEMPTS and not any(other.up for other in self._workers)):
             raise GuardserveError(worker.reason or f"worker {worker.number} ended{words(status)} before it was up")
-
-    def _judge(self, reports: Sequence[Report]) -> None:
-        """Show the detector what workers have told; whatever comes of it, they are to serve on."""
-        try:
-            self._pool.judge(reports)
-        except Exception:  # noqa: BLE001
-            _log.exception("the detector of all workers could not judge what they have seen")
-
-    def _begin_round(self) -> None:
-        """Ask every worker for what it has counted."""
-        now = time.monotonic()
-        self._round += 1
-        self._round_ends, self._next_round = now + PATIENCE, now + POLL_INTERVAL
-        self._waiting, self._next_waiting = self._next_waiting, []
-        since = self._pool.since(self._reports())
-        for worker in self._workers:
-            worker.fresh = False
-            if worker.up and worker.caught_up:
-                worker.asked, worker.silent_since = self._round, now
-                if worker.tell(Collect(self._round, since)):
-                    self._asked.add(worker.number)
-
-    def _end_round(self) -> None:
-        """Tell those who wait what all workers have counted."""
-        self._round_ends = None
-        self._asked.clear()
-        reports = self._reports()
-        self._judge([worker.report for worker in self._workers if worker.fresh and worker.report is not None])
-        waiting, self._waiting = self._waiting, []
-        try:
-            self._answer(waiting, reports)
-        except Exception:  # noqa: BLE001 - as above: a scrape that fails is no reason to serve no more
-            _log.exception("the metrics of all workers could not be put together")
-
-    def _answer(self, waiting: Sequence[tuple[Worker, int]], reports: Sequence[Report]) -> None:
-        if not waiting:
-            return
-        up = sum(worker.up for worker in self._workers)
-        families = self._pool.families(reports, up=up, down=len(self._workers) - up, restarts=self._restarts)
-        detection = self._pool.detection
-        for worker, ticket in waiting:
-            version = "" if worker.report is None else worker.report.version
-            worker.tell(Pooled(ticket, families, version, self._pool.seen(reports, version), detection))
-
-    def _reports(self) -> list[Report]:
-        return [worker.report for worker in self._workers if worker.report is not None]

@@ -1,0 +1,124 @@
+"""Whoever connects while no worker takes connections is told so at once."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from idle_workers import up_then_gone
+from serving import wait_until
+from starlette.types import ASGIApp
+
+from guardserve.exceptions import GuardserveError
+from guardserve.service.access import Access
+from guardserve.workers import Pool, StandIn, Supervisor, bind
+from guardserve.workers import supervisor as supervisor_module
+from guardserve.workers.messages import Up
+
+KEY = "a-key-of-an-operator"
+
+
+def configured(app: ASGIApp) -> uvicorn.Config:
+    """Configure uvicorn as the command does."""
+    return uvicorn.Config(app, log_config=None, access_log=False)
+
+
+@contextmanager
+def standing_in(access: Access | None = None) -> Iterator[tuple[StandIn, str]]:
+    """Give one that does not answer yet, for a socket on which somebody listens, and the URL."""
+    (sock,) = bind("127.0.0.1", 0)
+    sock.listen()
+    stand_in = StandIn(access or Access(), [sock], configured, 100)
+    with sock:
+        try:
+            yield stand_in, f"http://127.0.0.1:{sock.getsockname()[1]}"
+        finally:
+            stand_in.close()
+
+
+def test_what_has_connected_and_what_connects_is_told_when_to_come_again() -> None:
+    """The server is alive, and not ready, for health, inference and metrics alike; a body is taken before."""
+    with standing_in() as (stand_in, url), httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+        address = (httpx.URL(url).host, httpx.URL(url).port)
+        with socket.create_connection(address, timeout=30) as waiting:
+            waiting.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: x\r\n\r\n")
+            stand_in.begin(time.monotonic() + 6.5)
+            said = b"".join(iter(lambda: waiting.recv(4096), b""))
+        assert said.startswith(b"HTTP/1.1 503 ")
+        for method, path in (("GET", "/v2/health/ready"), ("POST", "/v2/models/net/infer"), ("GET", "/metrics")):
+            answer = client.request(method, path, content=bytes(2**22) if method == "POST" else None)
+            assert (answer.status_code, answer.headers["retry-after"]) in [(503, "6"), (503, "7")]
+            assert "no worker takes connections" in answer.json()["error"]
+            assert answer.headers["x-request-id"]
+        assert client.get("/v2/health/live").status_code == 200
+
+
+def test_who_has_no_key_is_told_nothing() -> None:
+    """The answer is the one that workers would give."""
+    with standing_in(Access([KEY], protect_health=True)) as (stand_in, url):
+        stand_in.begin(0.0)
+        for path in ("/v2/health/live", "/v2/models/net"):
+            assert httpx.get(url + path, trust_env=False).status_code == 401
+        known = httpx.get(f"{url}/v2/models/net", trust_env=False, headers={"Authorization": f"Bearer {KEY}"})
+        assert (known.status_code, known.headers["retry-after"]) == (503, "1")
+
+
+def test_it_leaves_what_connects_to_the_workers_as_often_as_they_are_back() -> None:
+    """It takes no connection then, and those that it has taken have their answers."""
+    with standing_in() as (stand_in, url):
+        address = (httpx.URL(url).host, httpx.URL(url).port)
+        for _ in range(3):
+            stand_in.begin(0.0)
+            with socket.create_connection(address, timeout=30) as early:
+                wait_until(lambda: stand_in._state.connections)
+                stand_in.end()
+                wait_until(lambda: not stand_in._servers)
+                with socket.create_connection(address, timeout=30) as late:
+                    time.sleep(0.1)
+                    taken, peer = stand_in._sockets[0].accept()
+                    taken.close()
+                    assert peer == late.getsockname()
+                early.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert early.recv(13) == b"HTTP/1.1 503 "
+            wait_until(lambda: not stand_in._state.connections)
+
+
+def test_a_supervisor_without_workers_has_clients_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the moment when the last has died until another is up, or none can be started and it gives up."""
+    for name, value in {"ATTEMPTS": 2, "BACKOFF": 0.5}.items():
+        monkeypatch.setattr(supervisor_module, name, value)
+    seen: set[tuple[int, int]] = set()
+    with standing_in() as (stand_in, url):
+        host, port = httpx.URL(url).host, httpx.URL(url).port
+        ended = threading.Event()
+
+        def ask() -> None:
+            while not ended.is_set():
+                with suppress(httpx.TransportError), httpx.Client(base_url=url, trust_env=False, timeout=2) as client:
+                    seen.add((client.get("/v2/health/ready").status_code, client.get("/v2/health/live").status_code))
+
+        sockets = list(stand_in._sockets)
+        arguments = (pickle.dumps(Up()), tmp_path / "starts")
+        supervisor = Supervisor(
+            up_then_gone, arguments, sockets=sockets, workers=1, pool=Pool(), timeout=1, stand_in=stand_in
+        )
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            with pytest.raises(GuardserveError, match="worker 1 ended with status 3"):
+                supervisor.run()
+        finally:
+            ended.set()
+            asking.join()
+        assert seen == {(503, 200)}
+        assert stand_in._thread is None
+        with socket.create_connection((host, port or 0), timeout=5):
+            assert not stand_in.active
