@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from guardserve.audit import audit
 from guardserve.cli.options import Command, given, load, settings_options
 from guardserve.exceptions import GuardserveError, ReferenceMismatchError, SettingsError
+from guardserve.loading.imported import ImportedCode
 from guardserve.logs import configure_logs
 from guardserve.monitor import ReferenceProfile
 from guardserve.rpc import RpcServer
@@ -139,15 +140,16 @@ def _application(model: str, settings: ServeSettings, together: Together | None 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     access = _access(settings)
+    runtime = _runtime(settings, model)
     app = create_app(
-        _runtime(settings, model),
+        runtime,
         model_version=settings.model_version,
         limits=Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)}),
         access=access,
         on_nonfinite=settings.on_nonfinite,
         shift_policy=ShiftPolicy(settings.shift_policy, settings.shift_p_threshold),
         shutdown_timeout=settings.shutdown_timeout,
-        load=functools.partial(_again, settings, model),
+        load=functools.partial(_again, settings, model, ImportedCode()),
         together=together,
     )
     # what is there now stays: looking through all of torch for garbage again and again would hold requests up
@@ -193,8 +195,9 @@ def _runtime(settings: ServeSettings, model: str, served: Runtime | None = None)
     )
 
 
-def _again(settings: ServeSettings, model: str, served: Runtime) -> Runtime:
+def _again(settings: ServeSettings, model: str, code: ImportedCode, served: Runtime) -> Runtime:
     """Load the model again; its detector goes on where that of the served version is, if it has the same profile."""
+    code.check()
     if served.keeper is not None:
         served.keeper.save()
     try:
