@@ -23,7 +23,7 @@ from guardserve.stats import Moments
 _AT_ONCE = 64
 """Rows that are added up in their own type: it rounds like this many additions."""
 
-_CACHED = 2**16
+_TOGETHER = 2**18
 """Values that are summed up together, about."""
 
 ROUTES = 8
@@ -61,35 +61,42 @@ class Scale:
         self.ends = list(accumulate(map(len, scales)))
         scale, location = torch.cat(scales), torch.cat(locations)
         known = scale.isfinite() & location.isfinite()
-        self._known = known.numpy()
-        self._scale = scale.where(known, 1.0).numpy()
+        self._known = known.numpy().astype(np.int64)
+        self._scale = scale.where(known, torch.inf).numpy()  # by which all of the others are 0
         self._squared_scale = np.square(self._scale)
+        location = location.where(known, 0.0)
         anchor = torch.cat([point.anchor.double().cpu() for point in points])
-        self._offset = (anchor - location).where(known, 0.0).numpy()
+        self._offsets = (anchor - location).numpy(), -location.numpy()
 
     def is_current(self) -> bool:
         """Tell whether the layers still have the constants that it was made from."""
         return same_constants(self._constants, constants_of(self._points))
 
-    def moments(self, rows: Sequence[Rows]) -> RouteMoments:
-        """Standardise and summarise rows; non-finite values are left out of their own channel only."""
+    def moments(self, rows: Sequence[Rows], *, anchored: bool = True) -> RouteMoments:
+        """Standardise and summarise rows; non-finite values are left out of their own channel only.
+
+        Args:
+            rows: The rows.
+            anchored: Whether the anchor was taken off them.
+        """
         samples = sum(len(part.mean) for part in rows)
+        bad = np.zeros(len(self.ends), np.int64)
         with np.errstate(invalid="ignore", over="ignore"):
-            bad = np.zeros(len(self.ends), np.int64)
             sums = _finite_sums(rows, samples)
             if sums is None:
                 finite = np.concatenate([np.isfinite(part.mean) for part in rows])
                 bad += samples - np.logical_and.reduceat(finite, [0, *self.ends[:-1]], axis=1).sum(0)
                 sums = _sums_without(rows, finite)
-        count = np.where(self._known, sums.number, 0)
-        seen, divisor = count > 0, np.maximum(count, 1)
-        moments = Moments(
-            torch.from_numpy(count),
-            torch.from_numpy(np.where(seen, sums.average + self._offset, 0.0) / self._scale),
-            torch.from_numpy(np.where(seen, sums.squares, 0.0) / self._squared_scale),
-        )
-        within = torch.from_numpy(np.where(seen, sums.within / divisor, 0.0) / self._squared_scale)
-        return RouteMoments(bad, LayerMoments(samples, 0, moments, within))
+        # few operations: each hands the interpreter over to the forwards, and asks for it again
+        count, (mean, squares, within) = self._known * sums.number, sums[1:]
+        mean += self._offsets[not anchored]
+        mean *= np.greater(sums.number, 0)
+        mean /= self._scale
+        squares /= self._squared_scale
+        within /= self._squared_scale
+        within /= np.maximum(sums.number, 1)
+        moments = Moments(*map(torch.from_numpy, (count, mean, squares)))
+        return RouteMoments(bad, LayerMoments(samples, 0, moments, torch.from_numpy(within)))
 
     def layer(self, position: int, seen: RouteMoments) -> LayerMoments:
         """Take one layer out of what a route has accumulated."""
@@ -107,24 +114,24 @@ class _Sums(NamedTuple):
     """Rows summed up in float64, each of shape ``(sum of C,)``.
 
     Attributes:
-        number: Number of values.
+        number: Number of values, the same everywhere if it is one.
         average: Their mean.
         squares: Squared deviations from it, summed up.
         within: Variances over positions, summed up.
     """
 
-    number: npt.NDArray[np.int64]
+    number: npt.NDArray[np.int64] | int
     average: npt.NDArray[np.float64]
     squares: npt.NDArray[np.float64]
     within: npt.NDArray[np.float64]
 
 
 def _finite_sums(rows: Sequence[Rows], samples: int) -> _Sums | None:
-    """Sum rows up, as many columns together as a cache holds; None if a value or a sum is not finite."""
+    """Sum rows up, as many columns together as memory is cheap for; None if a value or a sum is not finite."""
     columns = rows[0].mean.shape[1]
-    sums = _Sums(np.full(columns, samples), *[np.zeros(columns) for _ in range(3)])
+    sums = _Sums(samples, *[np.zeros(columns) for _ in range(3)])
     spread = any(part.variance is not None for part in rows)
-    width = max(1, _CACHED // max(1, samples))
+    width = max(1, _TOGETHER // max(1, samples))
     for start in range(0, columns, width):
         here = slice(start, start + width)
         mean = np.concatenate([part.mean[:, here] for part in rows])
@@ -132,12 +139,15 @@ def _finite_sums(rows: Sequence[Rows], samples: int) -> _Sums | None:
         first = mean[0].copy()
         mean -= first
         rest = _total(mean) / samples
+        np.add(first, rest, out=sums.average[here])
+        rest *= rest
+        rest *= samples
+        np.subtract(np.einsum("nc,nc->c", mean, mean), rest, out=sums.squares[here])
         if spread:
             sums.within[here] = _total(np.concatenate([_spread(part)[:, here] for part in rows]))
-        if not np.isfinite(rest + sums.within[here]).all():
-            return None
-        sums.average[here] = first + rest
-        sums.squares[here] = np.maximum(np.einsum("nc,nc->c", mean, mean) - samples * np.square(rest), 0.0)
+    if not math.isfinite(sums.average.sum() + sums.within.sum()):
+        return None
+    np.maximum(sums.squares, 0.0, out=sums.squares)
     return sums
 
 
@@ -160,11 +170,11 @@ def _spread(rows: Rows) -> npt.NDArray[np.floating[Any]]:
 
 def _total(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
     """Add rows up, some in their own type, which is faster, and those sums in float64."""
-    if len(values) <= _AT_ONCE:
-        few: npt.NDArray[np.float64] = np.add.reduce(values, 0).astype(np.float64)
-        return few
-    blocks = [np.add.reduce(values[start : start + _AT_ONCE], 0) for start in range(0, len(values), _AT_ONCE)]
-    total: npt.NDArray[np.float64] = np.add.reduce(np.asarray(blocks), 0, dtype=np.float64)
+    blocks = len(values) // _AT_ONCE
+    whole = values[: blocks * _AT_ONCE].reshape(blocks, _AT_ONCE, values.shape[1])
+    total: npt.NDArray[np.float64] = np.add.reduce(values[blocks * _AT_ONCE :], 0).astype(np.float64)
+    if blocks:
+        total += np.add.reduce(np.add.reduce(whole, 1), 0, dtype=np.float64)
     return total
 
 
@@ -201,11 +211,17 @@ class Scales:
         """Take one layer out of what a route has accumulated."""
         return self._scales[route].layer(position, seen)
 
-    def routes(self, record: Record) -> list[tuple[tuple[int, ...], Rows]]:
-        """Divide a forward up into routes: one, unless it ran a layer twice or it is one way too many."""
+    def routes(self, record: Record) -> list[tuple[tuple[int, ...], bool, Rows]]:
+        """Divide a forward up into routes, and tell whether the anchor is off their rows.
+
+        There is one route, unless the forward ran a layer twice or it is one way too many.
+        """
         if record.whole and (record.route in self._scales or len(self._scales) < ROUTES):
-            return [(record.route, record.rows())]
-        return [((index,), rows) for index, rows in record.parts()]
+            inputs = record.inputs()
+            if inputs is not None:
+                return [(record.route, False, Rows(inputs, None))]
+            return [(record.route, True, record.rows())]
+        return [((index,), True, rows) for index, rows in record.parts()]
 
 
 @dataclass
@@ -228,17 +244,17 @@ class Seen:
     def of(cls, records: Sequence[Record], scales: Scales) -> Seen:
         """Summarise what some forwards showed."""
         seen = cls(ended=time.monotonic())
-        found: dict[tuple[int, ...], list[Rows]] = {}
+        found: dict[tuple[tuple[int, ...], bool], list[Rows]] = {}
         for record in records:
             if record.samples is None:
                 seen.parts.update({record.readings[0].index: record.count})
             else:
                 seen.whole += record.samples
-            for route, rows in scales.routes(record):
-                found.setdefault(route, []).append(rows)
-        for route, several in found.items():
+            for route, anchored, rows in scales.routes(record):
+                found.setdefault((route, anchored), []).append(rows)
+        for (route, anchored), several in found.items():
             if scales.readable(route):
-                seen.routes[route] = scales[route].moments(several)
+                seen.add(route, scales[route].moments(several, anchored=anchored))
         return seen
 
     @property
@@ -252,8 +268,12 @@ class Seen:
         self.whole += other.whole
         self.parts.update(other.parts)
         for route, moments in other.routes.items():
-            mine = self.routes.get(route)
-            self.routes[route] = moments if mine is None else mine.merge(moments)
+            self.add(route, moments)
+
+    def add(self, route: tuple[int, ...], moments: RouteMoments) -> None:
+        """Take in what has been seen of one route; the samples are counted elsewhere."""
+        mine = self.routes.get(route)
+        self.routes[route] = moments if mine is None else mine.merge(moments)
 
     def layers(self, scales: Scales) -> dict[int, LayerMoments]:
         """Return what each layer has accumulated, by its index, in registration order."""

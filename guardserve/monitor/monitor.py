@@ -42,14 +42,11 @@ SUBWINDOWS = 8
 PENDING = 32
 """Forwards that may wait, about, before the monitor's thread is woken to accumulate them."""
 
-PENDING_VALUES = 2**18
-"""Numbers that they may come to, in all channels of all samples."""
+PENDING_VALUES = 2**19
+"""Values that they may have shown, one for each channel of each sample."""
 
 MOST_PENDING = 2 * PENDING
 """Forwards that may wait, about, before the one that brings more does the work: nothing is dropped."""
-
-_FEW = 4
-"""For fewer it is not worth while, however much they come to."""
 
 
 class Monitor:
@@ -133,7 +130,7 @@ class Monitor:
             self._taps = Taps(model, emit, values if reference is None else reference.values)
             self._budget = Budget(self._taps, budget if reference is None else None)
             self._scales = Scales(self._taps.points)
-            self._worker = Worker(self._tend, "guardserve-monitor")
+            self._worker = Worker(self._work, "guardserve-monitor")
             self._forget()
         self._finalizer = weakref.finalize(self, _close, self._taps, self._worker)
         _monitors.add(self)
@@ -452,24 +449,12 @@ class Monitor:
         load = self._load(record)
         if load > MOST_PENDING / PENDING:
             self._work()
-        elif load >= 1 or record.urgent:
+        elif load >= 1:
             self._worker.wake()
 
     def _load(self, record: Record) -> float:
         """Return how much is pending, if all of it is like one record: from 1 on it is worth the work."""
-        forwards = len(self._pending)
-        return max(forwards / PENDING, min(forwards / _FEW, forwards * record.size / PENDING_VALUES))
-
-    def _tend(self) -> None:
-        """Judge what is pending if that is enough, else only sum it up: it holds memory."""
-        with self._lock:
-            pending = self._pending.copy()
-            if pending and self._load(pending[-1]) < 1:
-                for record in pending:
-                    if record.urgent:
-                        record.rows()
-                return
-        self._work()
+        return len(self._pending) * max(1 / PENDING, min(1 / 2, record.size / PENDING_VALUES))
 
     def _work(self) -> None:
         """Judge what is pending, in whichever thread."""
@@ -575,7 +560,7 @@ def _after_fork() -> None:
     """Give monitors in a forked process a lock and a thread that work: those of the parent stayed there."""
     for monitor in list(_monitors):
         monitor._lock = threading.Lock()  # noqa: SLF001
-        monitor._worker = Worker(monitor._tend, "guardserve-monitor")  # noqa: SLF001
+        monitor._worker = Worker(monitor._work, "guardserve-monitor")  # noqa: SLF001
 
 
 os.register_at_fork(after_in_child=_after_fork)

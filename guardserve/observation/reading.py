@@ -81,8 +81,6 @@ class Cell:
         offset: Its offset.
         count: Number of positions of each sample in it.
         rounds: How often the samples go through all cells, where that is more than once.
-        turned_size: Its size with the axes of positions first.
-        turned_stride: Its strides likewise.
     """
 
     samples: slice
@@ -91,8 +89,6 @@ class Cell:
     offset: int
     count: int
     rounds: int | None
-    turned_size: tuple[int, ...]
-    turned_stride: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -279,8 +275,6 @@ class Plan:
                 offset,
                 math.prod(size),
                 rounds,
-                size + lead,
-                stride + lead_stride,
             )
             taken += count
 
@@ -293,6 +287,12 @@ class Plan:
         offset = sum(part.start * step for part, step in zip(chosen, self._strides, strict=True))
         stride = tuple(part.step * step for part, step in zip(chosen, self._strides, strict=True))
         return offset, tuple(len(part) for part in chosen), stride
+
+
+@lru_cache(maxsize=256)
+def plan_for(shape: tuple[int, ...], stride: tuple[int, ...], values: int | None, samples: int | None) -> Plan:
+    """Return the plan of activations, the same one for all layers where these are alike: see :class:`Plan`."""
+    return Plan(shape, stride, values, samples)
 
 
 class Scratch:
@@ -417,10 +417,6 @@ class Rows(NamedTuple):
 
     mean: npt.NDArray[np.floating[Any]]
     variance: npt.NDArray[np.floating[Any]] | None
-
-    def copy(self) -> Rows:
-        """Return the same in memory of its own."""
-        return Rows(self.mean.copy(), None if self.variance is None else self.variance.copy())
 
 
 def side_by_side(readings: Sequence[Reading]) -> Rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from guardserve.observation.reading import Reading, Rows, Scratch, side_by_side
@@ -97,11 +99,6 @@ class Record:
             and all(len(reading.total) == self.samples for reading in self.readings)
         )
 
-    @property
-    def urgent(self) -> bool:
-        """Whether somebody should sum it up soon, as it holds memory that others need."""
-        return self.sheet is not None and self.sheet.urgent
-
     def rows(self) -> Rows:
         """Return all readings as arrays, side by side; only if :attr:`whole`, and in one thread at a time."""
         if self._rows is None:
@@ -111,9 +108,12 @@ class Record:
                 self._rows = side_by_side(self.readings)
             else:
                 self._rows = self.sheet.rows()
-                if not self.sheet.workspace.flat:
-                    self._give_back()
+                self._give_back()
         return self._rows
+
+    def inputs(self) -> npt.NDArray[np.float32] | None:
+        """Return what entered the layers, ``(N, sum of C)``, if each has one position and nothing was summed up yet."""
+        return None if self.sheet is None else self.sheet.inputs()
 
     def rows_of(self, readings: list[Reading]) -> Rows:
         """Return some of its readings, with equally many samples, as arrays side by side."""
@@ -134,12 +134,11 @@ class Record:
             if self.taken == len(sheet.workspace.order) and not self.readings:
                 self.bundle = sheet.workspace
                 if not sheet.wait():
-                    self._rows = sheet.rows().copy()
-                    self._give_back()
+                    self.rows()
                 return
             if self.taken:  # it took another way
                 taken = {i for i, slot in enumerate(self.slots) if slot is not None and slot.turn == self.turn}
-                parts = [part for part in sheet.workspace.parts(sheet.rows().copy()) if part[0] in taken]
+                parts = [part for part in sheet.workspace.parts(sheet.rows()) if part[0] in taken]
                 self.readings += [Reading.of(index, rows) for index, rows in parts]
             self._give_back()
         self._compact()

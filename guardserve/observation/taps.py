@@ -31,7 +31,7 @@ from guardserve.observation.compiled import (
     read_in_graph,
     uncompiled,
 )
-from guardserve.observation.reading import VALUES, Plan, Reading, Scratch, read
+from guardserve.observation.reading import VALUES, Plan, Reading, Scratch, plan_for, read
 from guardserve.observation.record import Record
 from guardserve.observation.workspace import Place, Sheets, Slot, Workspace, fits
 from guardserve.tracing import is_tracing
@@ -104,7 +104,7 @@ class _Tap:
             return None
         if not x.numel():
             return None
-        plan = Plan(x.shape, x.stride(), record.values, record.samples)
+        plan = plan_for(x.shape, x.stride(), record.values, record.samples)
         return plan, self.point.anchor.to(x.device).reshape(-1, *[1 for _ in plan.axes])
 
 

@@ -9,9 +9,10 @@ positions, which are together, one operation sums a cell up in about the time th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,11 @@ import torch
 
 from guardserve.observation.reading import Cell, Plan, Rows
 
-MOST_VALUES = 2**22
-"""Values that a buffer holds at most, 16 MB; where more would be read, an operation more or less is no matter."""
+MOST_VALUES = 2**20
+"""Values that a buffer holds at most, 4 MB; where more would be read, an operation more or less is no matter."""
 
-MOST_WAITING = 2**20
-"""Values that may wait to be summed up; a forward that has more of them takes longer than that by far."""
-
-MOST_SMALL_WAITING = 32
-"""Forwards that may, of those with so few values that it is their number that costs memory."""
+MOST_WAITING = 2**19
+"""Values that may wait to be summed up."""
 
 FEWEST_POSITIONS = 48
 """Positions of a channel from which on an activation of several samples is summed up at once, if all of it is read."""
@@ -43,6 +41,14 @@ _KEPT_SHEETS = 16
 
 _AT_ONCE = 64
 """Values that are added up one after the other at most: it rounds like this many additions."""
+
+_FEW = 4
+"""Fewer are added up one after the other in any case."""
+
+_WIDE = 512
+"""Values side by side from which on there is nothing to gain from more."""
+
+_Array = npt.NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -64,8 +70,8 @@ class Slot:
         shape: Shape of the activations that it takes.
         stride: Their strides.
         plan: Their plan.
-        out: The part, ``(*positions, N, C)``.
-        cells: What it takes next, unless that is all.
+        out: The part, viewed as ``(N, C, *positions)``.
+        cells: What it takes next; none if that is all.
         turn: The forward that it has last taken something of.
     """
 
@@ -93,13 +99,13 @@ class Slot:
             out.copy_(x)
         elif len(cells) == 1 and cells[0].rounds is None:
             cell = cells[0]
-            out.copy_(x.as_strided(cell.turned_size, cell.turned_stride, x.storage_offset() + cell.offset))
+            out.copy_(x.as_strided(cell.size, cell.stride, x.storage_offset() + cell.offset))
         else:
             for cell in cells:
-                part = out[..., cell.samples, :]
+                part = out[cell.samples]
                 if cell.rounds is not None:
-                    part = part.view(*part.shape[:-2], cell.rounds, -1, part.shape[-1])
-                part.copy_(x.as_strided(cell.turned_size, cell.turned_stride, x.storage_offset() + cell.offset))
+                    part = part.view(cell.rounds, -1, *part.shape[1:])
+                part.copy_(x.as_strided(cell.size, cell.stride, x.storage_offset() + cell.offset))
 
 
 class _SummingSlot(Slot):
@@ -111,32 +117,80 @@ class _SummingSlot(Slot):
             values = x.float()
         else:
             values = x.new_empty(self.plan.size, dtype=torch.float32)
-            self._copy(x, values.permute(*range(2, values.ndim), 0, 1))
+            self._copy(x, values)
         # with a group a channel: it is the one operation that finds both sums in one go
         count = math.prod(sizes)
         _, *sums = torch.native_group_norm(values, None, None, samples, channels, count, channels, 0.0)
         torch.stack(sums, out=self.out)
 
 
+_Kind = Literal["summed", "rows", "columns"]
+"""How layers are side by side: summed up at once, or with the positions of a channel together, or with its channels."""
+
+
 @dataclass(slots=True)
 class _Group:
-    """Layers of which equally many positions are read, or that are summed up at once, side by side in a buffer.
+    """Layers of one kind, of which equally many positions are read, side by side in a buffer.
 
     Attributes:
+        kind: How they are side by side.
         places: The layers.
-        summed: Whether they are summed up at once.
-        shape: ``(positions, N, sum of C)``; ``(2, N, sum of C)`` if they are.
+        shape: ``(2, N, sum of C)`` if they are summed up at once, ``(N, sum of C, positions)`` as rows,
+            ``(positions, N, sum of C)`` as columns.
         part: Where they are in the buffer.
         columns: Where their channels are among those of all layers.
         anchor: What is taken off, shape ``(sum of C,)``.
     """
 
+    kind: _Kind
     places: list[Place]
-    summed: bool
     shape: tuple[int, int, int]
     part: slice
     columns: slice
     anchor: npt.NDArray[np.float32]
+
+    def slots(self, buffer: torch.Tensor) -> Iterator[tuple[int, Slot]]:
+        """Return the slot of each layer in a buffer, with the layer's index."""
+        values = buffer[self.part].view(self.shape)
+        widths = [len(place.anchor) for place in self.places]
+        for place, width, end in zip(self.places, widths, accumulate(widths), strict=True):
+            size = place.plan.size
+            if self.kind == "rows":
+                out = values[:, end - width : end].view(size)
+            elif self.kind == "columns":
+                out = values[:, :, end - width : end].view(*size[2:], *size[:2])
+                out = out.permute(-2, -1, *range(len(size) - 2))
+            else:
+                out = values[:, :, end - width : end]
+            kind = _SummingSlot if self.kind == "summed" else Slot
+            yield place.index, kind(place.shape, place.stride, place.plan, out)
+
+    def sum_up(self, buffer: npt.NDArray[np.float32], mean: _Array, variance: _Array) -> None:
+        """Write down what a buffer shows, each of shape ``(N, sum of C)``; the buffer is used up."""
+        values = buffer[self.part].reshape(self.shape)
+        if self.kind == "summed":
+            np.subtract(values[0], self.anchor, out=mean)
+            np.divide(1, np.square(values[1]), out=variance)
+            return
+        share = np.float32(1 / (self.shape[2] if self.kind == "rows" else self.shape[0]))
+        # from the first position on, which is not far from the mean, both are exact in one pass
+        first = (values[:, :, 0] if self.kind == "rows" else values[0]).copy()
+        np.subtract(first, self.anchor, out=mean)
+        if share == 1:
+            variance[:] = 0
+            return
+        if self.kind == "rows":
+            values -= first[:, :, None]
+            about = np.add.reduce(values, 2) * share
+            np.einsum("ncp,ncp->nc", values, values, out=variance)
+        else:
+            values -= first
+            about = _total(values) * share
+            variance[:] = _total_of_squares(values)
+        mean += about
+        variance *= share
+        variance -= np.square(about)
+        np.maximum(variance, 0, out=variance)
 
 
 class Layout:
@@ -186,19 +240,22 @@ class Workspace(Layout):
         self._layers = layers
         self._samples = places[0].plan.size[0]
         self._groups: list[_Group] = []
-        kinds: dict[tuple[int, bool], list[Place]] = {}
+        kinds: dict[tuple[_Kind, int], list[Place]] = {}
         for place in places:
-            summed = _is_summed(place)
-            kinds.setdefault((2 if summed else place.plan.count(), summed), []).append(place)
+            kinds.setdefault((_kind(place), place.plan.count()), []).append(place)
         first = 0
-        for (height, summed), members in kinds.items():
+        for (kind, count), members in kinds.items():
             anchor = torch.cat([place.anchor.flatten() for place in members]).numpy()
-            shape = (height, self._samples, len(anchor))
-            part = slice(self.values, self.values + math.prod(shape))
-            self._groups.append(_Group(members, summed, shape, part, slice(first, first + len(anchor)), anchor))
+            shapes = {
+                "summed": (2, self._samples, len(anchor)),
+                "rows": (self._samples, len(anchor), count),
+                "columns": (count, self._samples, len(anchor)),
+            }
+            part = slice(self.values, self.values + math.prod(shapes[kind]))
+            self._groups.append(_Group(kind, members, shapes[kind], part, slice(first, first + len(anchor)), anchor))
             self.values, first = part.stop, first + len(anchor)
         self.size = max(_LEAST_SIZE, 1 << (self.values - 1).bit_length())
-        self.flat = list(kinds) == [(1, False)]
+        self.flat = list(kinds) == [("columns", 1)]
         members = [place for group in self._groups for place in group.places]
         super().__init__(
             tuple(place.index for place in places),
@@ -210,83 +267,75 @@ class Workspace(Layout):
         """Lay out a buffer: return the slot of each observation point, None where there is none."""
         slots: list[Slot | None] = [None] * self._layers
         for group in self._groups:
-            values = buffer[group.part].view(group.shape)
-            widths = [len(place.anchor) for place in group.places]
-            for place, width, end in zip(group.places, widths, accumulate(widths), strict=True):
-                out, size = values[:, :, end - width : end], place.plan.size
-                if group.summed:
-                    slots[place.index] = _SummingSlot(place.shape, place.stride, place.plan, out)
-                else:
-                    out = out.view(*size[2:], *size[:2])
-                    slots[place.index] = Slot(place.shape, place.stride, place.plan, out)
+            for index, slot in group.slots(buffer):
+                slots[index] = slot
         return slots
 
-    def rows(self, buffer: npt.NDArray[np.float32]) -> Rows:
-        """Return what a forward's layers showed, in the order of :attr:`route`.
+    def inputs(self, buffer: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+        """Return what entered the layers, in the order of :attr:`route`, if :attr:`flat`."""
+        if not self.flat:
+            return None
+        group = self._groups[0]
+        inputs: npt.NDArray[np.float32] = buffer[group.part].reshape(group.shape)[0]
+        return inputs
 
-        The buffer is used up; if :attr:`flat`, its memory is theirs.
-        """
-        if self.flat:
-            (group,) = self._groups
-            values = buffer[group.part].reshape(group.shape)[0]
+    def rows(self, buffer: npt.NDArray[np.float32]) -> Rows:
+        """Return what a forward's layers showed, in the order of :attr:`route`; the buffer is used up."""
+        inputs = self.inputs(buffer)
+        if inputs is not None:
             with np.errstate(invalid="ignore", over="ignore"):
-                values -= group.anchor
-            return Rows(values, None)
+                return Rows(inputs - self._groups[0].anchor, None)
         mean = np.empty((self._samples, self.channels), np.float32)
-        variance = np.zeros_like(mean)
+        variance = np.empty_like(mean)
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             for group in self._groups:
-                values, columns = buffer[group.part].reshape(group.shape), group.columns
-                if group.summed:
-                    np.subtract(values[0], group.anchor, out=mean[:, columns])
-                    np.divide(1, np.square(values[1]), out=variance[:, columns])
-                    continue
-                first, rest, share = values[0], values[1:], np.float32(1 / len(values))
-                mean[:, columns] = first - group.anchor
-                if not len(rest):
-                    continue
-                # from the first position on, which is not far from the mean, both are exact in one pass
-                rest -= first
-                about = _total(rest) * share
-                mean[:, columns] += about
-                squares = np.multiply(_total_of_squares(rest), share, out=variance[:, columns])
-                squares -= np.square(about)
-                np.maximum(squares, 0, out=squares)
+                group.sum_up(buffer, mean[:, group.columns], variance[:, group.columns])
         return Rows(mean, variance)
 
 
-def _is_summed(place: Place) -> bool:
-    """Tell whether a layer is summed up at once."""
-    if not torch.empty_strided(place.shape, place.stride, device="meta").is_contiguous():
-        return False
-    samples, channels, *_ = place.plan.size
+def _kind(place: Place) -> _Kind:
+    """Tell how a layer is to be side by side with others."""
+    count, (samples, channels, *_) = place.plan.count(), place.plan.size
     fewest = FEWEST_POSITIONS if place.plan.size == place.shape else FEWEST_CELL_POSITIONS
-    return samples > 1 and channels <= MOST_CHANNELS and place.plan.count() >= fewest
+    if samples > 1 and channels <= MOST_CHANNELS and count >= fewest and _is_contiguous(place):
+        return "summed"
+    return "columns" if count == 1 or place.stride[1] == 1 else "rows"
 
 
-def _total(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _is_contiguous(place: Place) -> bool:
+    return torch.empty_strided(place.shape, place.stride, device="meta").is_contiguous()
+
+
+def _total(values: _Array) -> _Array:
     """Add up along the first axis, no more than some of it one by one: rounding errors add up too."""
-    parts = len(values) // _AT_ONCE
-    if parts <= 1:
-        first: npt.NDArray[np.float32] = np.add.reduce(values, 0)
-        return first
-    whole = values[: parts * _AT_ONCE].reshape(parts, _AT_ONCE, *values.shape[1:])
-    total = _total(np.add.reduce(whole, 1))
-    total += np.add.reduce(values[parts * _AT_ONCE :], 0)
+    few = _folded(values)
+    if few is None:
+        total: _Array = np.add.reduce(values, 0)
+        return total
+    total = _total(np.add.reduce(few, 0))
+    total += np.add.reduce(values[few.shape[0] * few.shape[1] :], 0)
     return total
 
 
-def _total_of_squares(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _total_of_squares(values: _Array) -> _Array:
     """Add up the squares along the first axis, likewise."""
-    parts = len(values) // _AT_ONCE
-    if parts <= 1:
-        few: npt.NDArray[np.float32] = np.einsum("pnc,pnc->nc", values, values)
-        return few
-    whole = values[: parts * _AT_ONCE].reshape(parts, _AT_ONCE, *values.shape[1:])
-    total = _total(np.einsum("apnc,apnc->anc", whole, whole))
-    rest = values[parts * _AT_ONCE :]
+    few = _folded(values)
+    if few is None:
+        total: _Array = np.einsum("pnc,pnc->nc", values, values)
+        return total
+    total = _total(np.einsum("apnc,apnc->pnc", few, few))
+    rest = values[few.shape[0] * few.shape[1] :]
     total += np.einsum("pnc,pnc->nc", rest, rest)
     return total
+
+
+def _folded(values: _Array) -> _Array | None:
+    """Divide the first axis in two, so that the first is short and what is behind it long: that is fast to add up."""
+    length = min(math.isqrt(len(values)), _AT_ONCE)
+    if length < _FEW or (len(values) <= _AT_ONCE and values[0].size >= _WIDE):
+        return None
+    parts = len(values) // length
+    return values[: length * parts].reshape(length, parts, *values.shape[1:])
 
 
 class Sheet:
@@ -303,29 +352,36 @@ class Sheet:
         self._buffer = buffer
         self._shelf = shelf
         self._waiting = False
-        self._turning = [slot for slot in self.slots if slot is not None and slot.plan.axes]
+        self._turning: dict[Plan, list[Slot]] = {}
+        for slot in self.slots:
+            if slot is not None and slot.plan.size != slot.shape:
+                self._turning.setdefault(slot.plan, []).append(slot)
 
     def turn_to(self, turn: int) -> list[Slot | None]:
         """Return the slots, for a forward: all are told at once what to take, as between layers caches are cold."""
-        for slot in self._turning:
-            slot.cells = slot.plan.cells(turn)
+        for plan, slots in self._turning.items():
+            cells = plan.cells(turn)
+            for slot in slots:
+                slot.cells = cells
         return self.slots
 
     def wait(self) -> bool:
-        """Let what was written wait to be summed up, unless too much is waiting."""
-        self._waiting = len(self._shelf.waiting) < self._shelf.most
+        """Let what was written wait to be summed up, unless it comes to more than its sums, or too much is waiting.
+
+        Summing up takes many operations. Done by another thread, each would be handed the interpreter and hand it back.
+        """
+        self._waiting = self.workspace.flat and len(self._shelf.waiting) < self._shelf.most
         if self._waiting:
             self._shelf.waiting.append(None)
         return self._waiting
 
-    @property
-    def urgent(self) -> bool:
-        """Whether most of what may wait does."""
-        return 4 * len(self._shelf.waiting) >= 3 * self._shelf.most
-
     def rows(self) -> Rows:
         """Sum up what was written; once."""
         return self.workspace.rows(self._buffer.array)
+
+    def inputs(self) -> npt.NDArray[np.float32] | None:
+        """Return what was written, ``(N, sum of C)``, if each layer has one position."""
+        return self.workspace.inputs(self._buffer.array)
 
     def give_back(self) -> None:
         """Let another forward have it."""
@@ -373,7 +429,7 @@ class _Shelf:
     """
 
     def __init__(self, size: int) -> None:
-        self.most = min(MOST_WAITING, MOST_SMALL_WAITING * size if size == _LEAST_SIZE else MOST_WAITING) // size
+        self.most = MOST_WAITING // size
         self.free: list[_Buffer] = []
         self.waiting: list[None] = []
 

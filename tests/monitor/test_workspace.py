@@ -12,7 +12,6 @@ from torch import nn
 
 from guardserve import Monitor
 from guardserve.monitor import accumulation
-from guardserve.monitor.worker import Worker
 from guardserve.observation import workspace
 from guardserve.observation.reading import Rows
 from guardserve.observation.record import Record
@@ -140,18 +139,20 @@ def test_what_is_summed_up_at_once_is_what_is_copied_and_summed_up_later(
 def test_so_many_may_wait_and_no_more(
     build: Callable[[], nn.Module], records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the limit a forward sums itself up; records that nobody looks at give back what they hold."""
+    """Of those whose layers have one position: others, and those beyond the limit, sum themselves up at once.
+
+    Records that nobody looks at give back what they hold.
+    """
     monkeypatch.setattr(workspace, "MOST_WAITING", 3 * 2**12)
     model = build()
-    x = torch.randn(1, 8) if build is mlp else torch.randn(1, 3, 16, 16)
+    x, waiting = (torch.randn(1, 8), 3) if build is mlp else (torch.randn(1, 3, 16, 16), 0)
     taps = Taps(model, records.append)
     with torch.inference_mode():
         for _ in range(20):
             model(x)
-        assert sum(record.sheet is not None for record in records) == 3
+        assert sum(record.sheet is not None for record in records) == waiting
         shelf = taps._sheets._shelves[2**12]
-        assert len(shelf.waiting) == 3
-        assert any(record.urgent for record in records)
+        assert len(shelf.waiting) == waiting
         records.clear()
         gc.collect()
         assert not shelf.waiting
@@ -238,18 +239,3 @@ def test_a_large_forward_is_read_in_memory_that_the_thread_keeps_and_its_record_
                     np.testing.assert_allclose(one.variance, other.variance, rtol=1e-5, atol=1e-6)
             records.clear()
     taps.close()
-
-
-def test_the_thread_frees_memory_before_there_is_enough_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few samples stay pending, but what they hold is summed up; they are all counted when somebody asks."""
-    monkeypatch.setattr(workspace, "MOST_WAITING", 2 * 2**12)
-    monkeypatch.setattr(Worker, "wake", lambda _: None)
-    model = net()
-    with Monitor(model) as monitor, torch.inference_mode():
-        for _ in range(4):
-            model(torch.randn(1, 3, 16, 16))
-        assert any(record.sheet is not None for record in monitor._pending)
-        monitor._tend()
-        assert len(monitor._pending) == 4
-        assert not any(record.urgent for record in monitor._pending)
-        assert monitor.snapshot().samples == 4
