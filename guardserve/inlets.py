@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from guardserve.batchnorm import FusedBatchNorm, GraphBatchNorm
 
@@ -67,6 +68,14 @@ def has_inlet(layer: nn.Module) -> bool:
     )
 
 
+def looks_still(handle: Handle) -> bool:
+    """Tell whether what :func:`on_input` returned still has its layer looked at, and nobody has put that aside."""
+    if isinstance(handle, RemovableHandle):
+        hooks = handle.hooks_dict_ref()
+        return hooks is not None and handle.id in hooks
+    return isinstance(handle, _Handle) and handle.looks
+
+
 class Inlet:
     """Stands in for a layer's own check of its input, and looks at it first.
 
@@ -111,6 +120,13 @@ class _Handle:
         self._layer = layer
         self._inlet = inlet
         self._look = look
+        self._forward = type(layer).forward
+
+    @property
+    def looks(self) -> bool:
+        """Whether the layer still asks."""
+        own = vars(self._layer)
+        return own.get(_CHECK) is self._inlet and "forward" not in own and type(self._layer).forward is self._forward
 
     def remove(self) -> None:
         """Look no more."""

@@ -148,6 +148,57 @@ def test_a_layer_that_keeps_a_check_or_a_forward_of_its_own_takes_a_hook() -> No
     assert calls == ["look", "check", "check"]
 
 
+def replace_forward(layer: nn.Module) -> None:
+    """Give a layer a forward of its own."""
+    vars(layer)["forward"] = lambda x: x
+
+
+def replace_check(layer: nn.Module) -> None:
+    """Give it a check of its own."""
+    vars(layer)["_check_input_dim"] = lambda _: None
+
+
+def replace_class(layer: nn.Module) -> None:
+    """Give it another class."""
+    layer.__class__ = Own
+
+
+@pytest.mark.parametrize("replace", [replace_forward, replace_check, replace_class])
+def test_a_layer_that_somebody_else_takes_over_is_named_as_unobserved(replace: Callable[[nn.Module], None]) -> None:
+    """It is not lost without a word; of a monitor that was closed nothing is said."""
+    model = net()
+    with Monitor(model) as monitor:
+        model(X)
+        assert not monitor.unobserved
+        replace(model[1])
+        model(X)
+        assert "attach the monitor again" in monitor.unobserved["1"]
+        assert monitor.snapshot().layers[0].samples == len(X)
+    assert not monitor.unobserved
+
+
+def test_hooks_that_are_cleared_are_named_too() -> None:
+    """Where a layer takes a hook."""
+    model = nn.Sequential(Own(3)).eval()
+    with Monitor(model) as monitor:
+        model(X)
+        assert not monitor.unobserved
+        model[0]._forward_pre_hooks.clear()
+        assert list(monitor.unobserved) == ["0"]
+
+
+def test_scripting_a_monitored_model_says_what_to_do() -> None:
+    """It fails before torch tries to compile a hook; afterwards the closed model can be scripted."""
+    model = net()
+    with Monitor(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(AttributeError, match="close its monitor"):
+            torch.jit.script(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(torch.jit.script(model)(X), model(X))
+
+
 def test_the_garbage_collector_may_remove_one_while_another_is_added() -> None:
     """It may come upon a dropped handle's owner in the midst of that."""
     layer, seen = nn.BatchNorm2d(3).eval(), list[str]()

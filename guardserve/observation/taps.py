@@ -19,7 +19,7 @@ from torch import nn
 
 from guardserve.batchnorm import CHANNEL_AXIS, ObservationPoint, batchnorm_layers, observation_points
 from guardserve.graphs import SCRIPT_OPERATORS, GraphMarks, graph_norms
-from guardserve.inlets import NOTHING, Look, on_input
+from guardserve.inlets import NOTHING, Look, looks_still, on_input
 from guardserve.nonfinite import named_tensors
 from guardserve.observation.compiled import (
     Inbox,
@@ -43,6 +43,8 @@ _KEPT_PLANS = 64
 
 _Key = tuple[torch.Size, int | None, bool]
 
+_LOST = "its forward, its check of the input or its hooks were replaced since: attach the monitor again"
+
 _tracing_state = torch._C._get_tracing_state  # noqa: SLF001 - torch.jit.is_tracing asks it
 
 _log = logging.getLogger(__name__)
@@ -56,6 +58,11 @@ class RootHook:
 
     def __init__(self, function: Callable[..., None] | None = None) -> None:
         self._function = function
+
+    @property
+    def __name__(self) -> str:
+        """What ``torch.jit.script`` asks of hooks first, and nobody else needs."""
+        raise AttributeError("a monitored model cannot be scripted: close its monitor, and script it then")
 
     @uncompiled
     def __call__(self, *args: Any) -> None:
@@ -144,7 +151,12 @@ class Taps:
     @property
     def unobserved(self) -> dict[str, str]:
         """Qualified names of BatchNorm layers that cannot be watched, each with the reason."""
-        return self._unobserved | {tap.point.name: tap.fault for tap in self._taps if tap.fault is not None}
+        lost = zip(self._taps, self._handles, strict=False)  # no handles are left of closed ones
+        return (
+            self._unobserved
+            | {tap.point.name: _LOST for tap, handle in lost if not looks_still(handle)}
+            | {tap.point.name: tap.fault for tap in self._taps if tap.fault is not None}
+        )
 
     def close(self) -> None:
         """Remove every hook."""

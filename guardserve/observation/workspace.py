@@ -1,9 +1,10 @@
 """Reading all layers of a small forward into one buffer, to sum them up together afterwards.
 
 On a CPU an operation costs tens of microseconds between the layers of a model, where caches hold other things, however
-little it does. So each layer only copies its cell. The sums of all layers are taken at once, by whoever asks for them
-first, or at the forward's end where too much is waiting for that. But where several samples have few channels of many
-positions, which are together, one operation sums a cell up in about the time that another takes to copy it.
+little it does. So each layer only copies its cell, and the sums of all layers are taken at once at the forward's end.
+Where each layer has one position the copies wait instead, as they come to no more than sums would. But where several
+samples have few channels of many positions, which are together, one operation sums a cell up in about the time that
+another takes to copy it.
 """
 
 from __future__ import annotations
