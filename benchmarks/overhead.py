@@ -1,6 +1,7 @@
 """What monitoring every request and every BatchNorm layer costs, as ratios to a plain forward.
 
     python benchmarks/overhead.py [--models resnet18,mlp] [--rounds 21] [--threads 1] [--device cuda] [--no-compile]
+    python benchmarks/overhead.py --memory
 
 Prints, for each model and batch size, the time of a plain forward (``eval()`` and ``inference_mode()``, in the memory
 format in which it is fastest) and the ratios to it of: a hook of a few lines that takes ``torch.var_mean`` of each
@@ -9,6 +10,9 @@ fused, guarded and monitored; and the ratio of the last two. Medians of the rati
 rounds, each in an order of its own. All models that are not fused share their weights: where copies lie in memory
 makes them differ by some percent. With ``--device cuda``, times are those between CUDA events, under autocast and
 channels_last.
+
+With ``--memory`` it prints peak memory instead: the largest resident set that a process ever had which imported all of
+this, built the model and ran it for some seconds, guarded and monitored or neither; the least of three processes each.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -162,6 +168,30 @@ def measure(
     return statistics.median(times[0] for times in rounds), ratios
 
 
+def run_for_peak(name: str, batch: int, kind: str) -> None:
+    """Run a model for some seconds, and print the peak of this process' resident set in megabytes."""
+    build, size, _ = MODELS[name]
+    model, x = build().eval(), torch.randn(batch, *size)
+    if len(size) > 1:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    forward = plain(model, x) if kind == "plain" else monitored(model, x)
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        forward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def print_memory(name: str, batch: int, threads: int) -> None:
+    """Print the peaks of processes that run a model plain and monitored."""
+    command = [sys.executable, __file__, "--models", name, "--batch", str(batch), "--threads", str(threads), "--peak"]
+    peaks = {
+        kind: min(float(subprocess.check_output([*command, kind])) for _ in range(3))  # noqa: S603 - our own file
+        for kind in ("plain", "monitored")
+    }
+    ratio = peaks["monitored"] / peaks["plain"]
+    print(f"{name:12} {batch:5} {peaks['plain']:9.1f} {peaks['monitored']:12.1f} {ratio:6.3f}", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,14 +202,25 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled columns")
     parser.add_argument("--least", type=float, default=0.02, help="seconds that a timing lasts at least, about")
+    parser.add_argument("--memory", action="store_true", help="print peak memory instead")
+    parser.add_argument("--peak", choices=["plain", "monitored"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.peak:
+        run_for_peak(options.models, options.batch[0], options.peak)
+        return
     table = MODELS if options.device == "cpu" else CUDA_MODELS
     columns = COLUMNS[:3] if options.no_compile else COLUMNS
-    print(f"{'model':12} {'batch':>5} {'plain ms':>9}  {'  '.join(columns)}")
+    if options.memory:
+        print(f"{'model':12} {'batch':>5} {'plain MB':>9} {'monitored MB':>12}  ratio")
+    else:
+        print(f"{'model':12} {'batch':>5} {'plain ms':>9}  {'  '.join(columns)}")
     for name in options.models.split(",") if options.models else table:
         build, size, batches = table[name]
         for batch in options.batch or batches:
+            if options.memory:
+                print_memory(name, batch, options.threads)
+                continue
             torch._dynamo.reset()  # noqa: SLF001 - each batch size gets a graph of its own
             base, ratios = measure(build, size, batch, options)
             shown = "  ".join(f"{ratio:{len(column)}.3f}" for ratio, column in zip(ratios, columns, strict=True))

@@ -42,7 +42,7 @@ SUBWINDOWS = 8
 PENDING = 32
 """Forwards that may wait, about, before the monitor's thread is woken to accumulate them."""
 
-PENDING_VALUES = 2**19
+PENDING_VALUES = 2**18
 """Values that they may have shown, one for each channel of each sample."""
 
 MOST_PENDING = 2 * PENDING
