@@ -32,6 +32,13 @@ RUN = 5
 AUTOCORRELATED = 0.05
 """Autocorrelation below which samples of a sequence count as independent."""
 
+FOLDS = 4
+"""Parts that samples are shared out among, each to be whitened by what the others give.
+
+With more of them a fold is too short for what a chart remembers, and streams show too little of the whitening's error;
+with fewer, whitenings are fitted to so much less than all that they show too much of it.
+"""
+
 TAIL = 0.05
 """Share of the samples, the oddest, from which the tail of the chart without memory is extrapolated."""
 
@@ -61,38 +68,49 @@ class Pool:
         vectors: Shape ``(N, layers, width)``, cut to the radius.
         oddness: How odd each sample is by itself, shape ``(N,)``.
         run: Samples that are drawn together because each depends on the ones before it; 1 if they are independent.
-        fitted: Number of samples that the whitening was fitted to, if each of these was whitened by what most of the
-            others gave; None if it was fitted to samples that are not among these.
+        folds: Parts of equal size, one behind the other, each whitened by what samples outside it gave. With more than
+            one, every :data:`FOLDS` of them hold the same samples.
     """
 
     vectors: Array
     oddness: Array
     run: int = 1
-    fitted: int | None = None
+    folds: int = 1
 
     @classmethod
-    def of(cls, whitened: Array, levels: Levels, *, run: int = 1, fitted: int | None = None) -> Pool:
+    def of(cls, whitened: Array, levels: Levels, *, run: int = 1, folds: int = 1) -> Pool:
         """Make one of whitened vectors in the order in which they came."""
         length = lengths(whitened)
-        run = max(1, min(run, len(whitened) // 4))
-        return cls(shorten(whitened, levels.radius, length), levels.oddness(length).max(1), run, fitted)
+        run = max(1, min(run, len(whitened) // folds // 4))
+        return cls(shorten(whitened, levels.radius, length), levels.oddness(length).max(1), run, folds)
+
+    @property
+    def cycle(self) -> int:
+        """Samples of a fold, which a stream goes through before it comes to another one."""
+        return len(self.vectors) // self.folds
+
+    @property
+    def samples(self) -> int:
+        """Number of different samples; the first so many vectors are theirs."""
+        return self.cycle * min(FOLDS, self.folds)
 
     def orders(self, streams: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.intp]]:
-        """Yield, cycle by cycle for ever, which vectors each stream takes, shape ``(N, streams)``.
+        """Yield, cycle by cycle for ever, which vectors each stream takes, shape ``(cycle, streams)``.
 
-        Runs of samples stay together (a circular block bootstrap, Politis and Romano 1992). They are drawn with
-        replacement from vectors that were whitened by each other. Else a stream takes no vector twice in a cycle: what
-        a chart remembers are different samples then, as in production.
+        A stream goes through a fold, then through another one, and takes no vector twice in a cycle: what a chart
+        remembers are different samples then, as in production, and all whitened by what none of them had a part in.
+        Vectors of one sample drawn twice look like a shift, and those that helped to whiten each other look less
+        alike than fresh ones. Runs of samples stay together (a block bootstrap, Politis and Romano 1992).
         """
-        size = len(self.vectors)
+        size, turns = self.cycle, self.samples // self.cycle
         starts = np.arange(0, size, self.run)
         while True:
-            if self.fitted is not None:
-                drawn = rng.integers(0, size, (streams, len(starts)))
-            else:
-                drawn = rng.permuted(np.tile(starts, (streams, 1)), axis=1) + rng.integers(0, size, (streams, 1))
-            rows = (drawn[:, :, None] + np.arange(self.run)).reshape(streams, -1) % size
-            yield np.ascontiguousarray(rows[:, :size].T)
+            first = rng.integers(self.folds // turns, size=streams) * turns
+            for turn in rng.permuted(np.tile(np.arange(turns), (streams, 1)), axis=1).T:
+                offset = rng.integers(0, size if self.folds == 1 else 1, (streams, 1))  # folds are made of whole runs
+                drawn = rng.permuted(np.tile(starts, (streams, 1)), axis=1) + offset
+                rows = (drawn[:, :, None] + np.arange(self.run)).reshape(streams, -1)[:, :size] % size
+                yield np.ascontiguousarray((rows + ((first + turn) * size)[:, None]).T)
 
     def chance(self, count: int, samples: int, rng: np.random.Generator) -> Array:
         """Draw how far the mean of so many samples may be from that of all: by the bootstrap, ``count`` times."""
@@ -168,21 +186,23 @@ def simulate(
     """
     chart = Chart(streams, dimensions, pool.vectors.shape[2])
     vectors = np.empty((streams, *pool.vectors.shape[1:]), np.float32)
-    # vectors that were whitened by each other have the mean 0, from which that of production differs by chance, and
-    # cycles without replacement have one mean, where those of as many fresh samples differ
-    fixed = None if pool.fitted is None else pool.chance(streams, pool.fitted, rng)
-    for first, orders in zip(range(0, steps, len(pool.vectors)), pool.orders(streams, rng), strict=False):
-        distance = pool.chance(streams, len(pool.vectors), rng) if fixed is None else fixed
+    for first, orders in zip(range(0, steps, pool.cycle), pool.orders(streams, rng), strict=False):
+        # cycles through the same vectors have one mean, where those of as many fresh samples differ
+        distance = pool.chance(streams, pool.cycle, rng) if pool.folds == 1 else None
         for order in orders[: steps - first]:
             np.take(pool.vectors, order, axis=0, out=vectors, mode="clip")
-            vectors += distance
+            if distance is not None:
+                vectors += distance
             yield chart.step(vectors), pool.oddness[order]
 
 
-def find_levels(whitened: Array, dimensions: Sequence[int], rng: np.random.Generator, run: int = 1) -> Levels:
-    """Find the in-control levels of every statistic, given vectors that were whitened by each other."""
+def find_levels(
+    folds: npt.NDArray[np.float32], dimensions: Sequence[int], rng: np.random.Generator, run: int = 1
+) -> Levels:
+    """Find the in-control levels of every statistic, given vectors of shape ``(folds, N, layers, width)``."""
+    whitened = np.concatenate(folds)
     levels = Levels.of_lengths(whitened)
-    pool = Pool.of(whitened, levels, run=run, fitted=len(whitened))
+    pool = Pool.of(whitened, levels, run=run, folds=len(folds))
     seen = [
         statistic
         for step, (statistic, _) in enumerate(simulate(pool, dimensions, PILOT_STREAMS, PILOT_STEPS, rng))
@@ -226,7 +246,7 @@ def prudence(samples: int) -> float:
 
     What a reference says of its population is uncertain, the more so the smaller it is.
     """
-    return 1.2 + (300 / samples) ** 3
+    return 1 + (300 / samples) ** 3
 
 
 def find_thresholds(pool: Pool, dimensions: Sequence[int], levels: Levels, rng: np.random.Generator) -> Thresholds:
@@ -236,14 +256,14 @@ def find_thresholds(pool: Pool, dimensions: Sequence[int], levels: Levels, rng: 
     its part of the alarms (:data:`SHARES`). Thresholds are set for longer run lengths than they are named after, by
     the factor :func:`prudence`.
     """
-    aims = ARLS * prudence(len(pool.vectors))
+    aims = ARLS * prudence(pool.samples)
     largest = largest_evidence(pool, dimensions, levels, streams=STREAMS, horizons=HORIZONS, rng=rng)
     thresholds = np.empty((len(SHARES), len(ARLS)))
     for column, aim in enumerate(aims):
         row = max([i for i, horizon in enumerate(HORIZONS) if horizon <= 2 * aim])
         for chart in range(len(LAMBDAS)):
             thresholds[chart, column] = np.quantile(largest[row, chart], math.exp(-HORIZONS[row] * SHARES[chart] / aim))
-    thresholds[-1] = tail_thresholds(pool.oddness, aims)
+    thresholds[-1] = tail_thresholds(pool.oddness[: pool.samples], aims)
     return np.maximum.accumulate(np.maximum(thresholds, 0.05), axis=1)
 
 

@@ -16,6 +16,13 @@ LAMBDAS = (0.05, 0.2)
 SHARES = (0.55, 0.35, 0.1)
 """Share of the false alarms that each EWMA chart may raise, and the last chart, which looks at one sample alone."""
 
+REACH = 1.75
+"""How many times longer than the median clean vector one counts in the charts with a memory.
+
+Some layers have rare samples whose vectors are several times longer, one in a hundred with half of all variance. How
+many of them a reference of 1,000 holds is chance, and run lengths would follow it. The median it knows well.
+"""
+
 
 class Chart:
     """The EWMA charts of every layer, for any number of streams side by side.
@@ -97,8 +104,8 @@ class Levels:
 
     @property
     def radius(self) -> Array:
-        """Length that a layer's vector is cut to before it enters the charts with a memory: .999 of all are shorter."""
-        radius: Array = np.exp(self.high[-1])
+        """Length that a layer's vector is cut to before it enters the charts with a memory: see :data:`REACH`."""
+        radius: Array = np.float32(REACH) * np.exp(self.median[-1])
         return radius
 
     def evidence(self, statistic: Array) -> Array:

@@ -127,8 +127,8 @@ class Detector:
         self._lead = 0
         self._end = 0
         """Rows that are filled with standardised features; the last of them are the most recent samples'."""
-        self._recent = np.zeros((0, len(sketch.channels), sketch.width), np.float32)
-        """Vectors of the most recent samples, at most ``LOOK_BACK``."""
+        self._recent: deque[Array] = deque(maxlen=LOOK_BACK)
+        """Vectors of the most recent samples, each of shape ``(layers, width)``."""
 
     def judge(self, features: Array) -> list[float]:
         """Take samples in order, shape ``(N, F)``; rows with NaN or infinity are counted and change nothing else.
@@ -263,26 +263,26 @@ class Detector:
             self._lead = first_layer(evidence[shifted[-1]])
         if positions:
             self._evidence, self._relative = evidence[-1], largest[-1]
-            self._recent = np.concatenate([self._recent, vectors[-LOOK_BACK:]])[-LOOK_BACK:]
+            self._recent.extend(vectors[-LOOK_BACK:])
 
     def _alarm(self, features: Array, vectors: Array, evidence: Array, row: int, position: int) -> None:
         self._state = "shifted"
         self._alarms += 1
         self._alarm_at, self._ended_at = position, None
-        recent = np.concatenate([self._recent, vectors[: row + 1]])[-LOOK_BACK:]
+        recent = np.stack([*self._recent, *vectors[: row + 1]][-LOOK_BACK:])
         end = self._end - len(features) + row + 1
         self._average = ShiftAverage(self._rows[end - len(recent) : end], recent)
         self._lead = first_layer(evidence)
 
     def state_dict(self) -> Arrays:
         """Return all that the detector remembers, as arrays; p-values that nobody has drained are left behind."""
-        channels, (layers, width) = self._rows.shape[1], self._recent.shape[1:]
+        channels, (layers, width) = self._rows.shape[1], self._chart.state.shape[2:]
         average = self._average
         return {
             "chart": self._chart.state[0].copy(),
             "evidence": self._evidence.copy(),
             "recent_features": self._rows[self._end - len(self._recent) : self._end].copy(),
-            "recent_vectors": self._recent.copy(),
+            "recent_vectors": np.array(self._recent, np.float32).reshape(-1, layers, width),
             "average_features": np.zeros(channels, np.float32) if average is None else average.features.copy(),
             "average_vectors": np.zeros((layers, width), np.float32) if average is None else average.vectors.copy(),
             "numbers": np.array(
@@ -318,7 +318,7 @@ class Detector:
         self._relative = float(state["reals"][0])
         self._chart.state[0] = state["chart"]
         self._evidence = state["evidence"].copy()
-        self._recent = state["recent_vectors"].copy()
+        self._recent.extend(state["recent_vectors"].copy())
         self._room(len(self._recent))[:] = state["recent_features"]
         if numbers[8] > 0:
             self._average = ShiftAverage(state["average_features"][None], state["average_vectors"][None])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from guardserve.observation.features import Array
 
@@ -75,6 +76,9 @@ class Sketch:
     def project(self, standardised: Array) -> Array:
         """Sum standardised features to shape ``(N, layers, width)``; what a narrow layer does not fill is 0."""
         rows = len(standardised)
+        if rows == 1:  # one call counts for more than one number
+            row = np.bincount(self._slots, standardised[0], len(self.channels) * self.width)
+            return row.astype(np.float32).reshape(1, len(self.channels), self.width)
         out = np.zeros((rows, len(self.channels) * self.width), np.float32)
         for start, whole, stop, slot, buckets in self._runs:
             sums = out[:, slot : slot + buckets]
@@ -107,6 +111,12 @@ class Sketch:
                 runs.append((offset, stop - channels % buckets, stop, layer * self.width + half * buckets, buckets))
                 offset = stop
         return runs
+
+    @cached_property
+    def _slots(self) -> npt.NDArray[np.intp]:
+        """Where each feature's sum goes."""
+        slots = [slot + np.arange(stop - start) % buckets for start, _, stop, slot, buckets in self._runs]
+        return np.concatenate(slots)
 
     @cached_property
     def _factor(self) -> Array:

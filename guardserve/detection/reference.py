@@ -16,7 +16,16 @@ import numpy.typing as npt
 from torch import nn
 
 from guardserve.batchnorm import ObservationPoint
-from guardserve.detection.calibration import ARLS, Pool, RunLength, dependent_run, find_levels, find_thresholds, measure
+from guardserve.detection.calibration import (
+    ARLS,
+    FOLDS,
+    Pool,
+    RunLength,
+    dependent_run,
+    find_levels,
+    find_thresholds,
+    measure,
+)
 from guardserve.detection.chart import Levels
 from guardserve.detection.collection import Collector, ReferenceData, collect
 from guardserve.detection.encoding import Sketch, Whitening, lengths
@@ -34,7 +43,8 @@ WIDTH = 128
 CARRIED = 10
 """A profile of N samples carries a target of this many times N samples between false alarms."""
 
-FOLDS = 10
+VECTORS = 3000
+"""Vectors that thresholds are found with, or more: fewer samples are shared out among folds several times."""
 
 SAMPLES_PER_DIMENSION = 8
 MIN_WIDTH = 16
@@ -145,13 +155,14 @@ class ReferenceProfile:
         progress("calibrating", data.samples)
         data = data.narrowed(_width(len(data.fitting), data.sketch.width))
         dimensions = data.sketch.dimensions
-        whitened = _out_of_fold(data.fitting, dimensions, data.ordered, rng)
-        run = dependent_run(whitened) if data.ordered else 1
-        levels = find_levels(whitened, dimensions, rng, run)
-        pool = Pool.of(whitened, levels, run=run, fitted=len(whitened))
+        whitening = Whitening.fit(data.fitting, dimensions)
+        run = dependent_run(whitening.apply(data.fitting)) if data.ordered else 1
+        run = min(run, len(data.fitting) // (4 * FOLDS))
+        folds = _out_of_fold(data.fitting, dimensions, run, rng)
+        levels = find_levels(folds, dimensions, rng, run)
+        pool = Pool.of(np.concatenate(folds), levels, run=run, folds=len(folds))
         thresholds = find_thresholds(pool, dimensions, levels, rng)
         progress("measuring", data.samples)
-        whitening = Whitening.fit(data.fitting, dimensions)
         measuring = Pool.of(whitening.apply(data.held_out), levels, run=run)
         measured_arl = measure(
             measuring,
@@ -173,7 +184,7 @@ class ReferenceProfile:
             whitening=whitening,
             levels=levels,
             thresholds=thresholds,
-            scores=np.sort(np.concatenate([pool.oddness, measuring.oddness])).astype(np.float64),
+            scores=np.sort(np.concatenate([pool.oddness[: pool.samples], measuring.oddness])).astype(np.float64),
             ordered=data.ordered,
             values=data.values,
         )
@@ -324,14 +335,18 @@ def _width(samples: int, most: int) -> int:
     return width
 
 
-def _out_of_fold(sketches: Array, dimensions: Sequence[int], ordered: bool, rng: np.random.Generator) -> Array:
+def _out_of_fold(sketches: Array, dimensions: Sequence[int], run: int, rng: np.random.Generator) -> Array:
     """Share samples out among folds and whiten each fold by what the others give, as fresh samples will be.
 
-    The folds of a sequence are stretches of it.
+    Runs of samples stay together. A few samples are shared out several times, each time differently.
+
+    Returns:
+        Shape ``(folds, samples, layers, width)``.
     """
-    count = len(sketches)
-    fold = np.arange(count) * FOLDS // count if ordered else rng.permutation(count) % FOLDS
-    whitened = np.empty_like(sketches)
-    for k in range(FOLDS):
-        whitened[fold == k] = Whitening.fit(sketches[fold != k], dimensions).apply(sketches[fold == k])
-    return whitened
+    count, vectors = len(sketches), []
+    for _ in range(math.ceil(VECTORS / count)):
+        starts = rng.permutation(count // run)[: count // run // FOLDS * FOLDS] * run + rng.integers(count % run + 1)
+        for fold in (starts[:, None] + np.arange(run)).reshape(FOLDS, -1):
+            others = np.delete(sketches, fold, axis=0)
+            vectors.append(Whitening.fit(others, dimensions).apply(sketches[fold]))
+    return np.stack(vectors)

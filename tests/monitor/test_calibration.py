@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from guardserve import ReferenceProfile
 from guardserve.batchnorm import observation_points
 from guardserve.detection.calibration import (
     ARLS,
+    FOLDS,
     Pool,
     dependent_run,
     largest_evidence,
@@ -92,6 +94,18 @@ def test_runs_stay_together_and_nothing_comes_twice_before_all_have_come() -> No
     for stream in next(orders).T:
         assert sorted(stream.tolist()) == list(range(60))
         assert (np.diff(stream) % 60 == 1).sum() >= 54
+
+
+def test_a_stream_goes_through_one_fold_after_the_other() -> None:
+    """All vectors of a cycle are of one fold, and FOLDS cycles hold every sample once."""
+    vectors = np.zeros((20 * FOLDS * 2, 1, 1), np.float32)
+    pool = Pool(vectors, np.zeros(len(vectors), np.float32), folds=2 * FOLDS)
+    assert (pool.cycle, pool.samples) == (20, 20 * FOLDS)
+    cycles = list(islice(pool.orders(5, np.random.default_rng(14)), FOLDS))
+    for stream in np.stack(cycles, axis=2).transpose(1, 2, 0):
+        assert all(sorted(cycle % 20) == list(range(20)) and len(set(cycle // 20)) == 1 for cycle in stream)
+        folds = sorted(int(cycle[0]) // 20 for cycle in stream)
+        assert folds in (list(range(FOLDS)), list(range(FOLDS, 2 * FOLDS)))
 
 
 def test_few_samples_are_met_with_prudence_and_rare_ones_with_more() -> None:
