@@ -53,7 +53,7 @@ def serve() -> Any:
 class Slow:
     """Reading arrays that does not come to an end before it is told to."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pause: float = 0.2) -> None:
         self.began, self.may_end = threading.Event(), threading.Event()
         lists = ArrayText.lists
 
@@ -61,7 +61,7 @@ class Slow:
             for values in lists(text, shape):
                 self.began.set()
                 yield values
-                self.may_end.wait(0.05)
+                self.may_end.wait(pause)
 
         monkeypatch.setattr(ArrayText, "lists", slowly)
 
@@ -71,7 +71,7 @@ def test_short_requests_are_answered_while_a_long_one_is_read(
     sent: bytes, headers: dict[str, str], serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compressed ones too, which are read aside as well; then the long one has its answer."""
-    slow = Slow(monkeypatch)
+    slow = Slow(monkeypatch, pause=60)
     short = gzip.compress(json.dumps({"inputs": [tensor([1.0, 2.0])]}).encode())
     with serve() as client, ThreadPoolExecutor(1) as thread:
         answer = thread.submit(client.post, INFER, content=sent, headers=headers, timeout=60)
