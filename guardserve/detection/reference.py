@@ -108,7 +108,7 @@ class ReferenceProfile:
 
         The samples are split: three quarters to fit and to set thresholds, each sample being judged by what the
         others gave, and a quarter to measure. They are taken as independent of each other, unless ``ordered`` says
-        that they came as a sequence, such as the frames of a video: then parts are stretches of the sequence.
+        that they came as a sequence, such as the frames of a video: then neighbours stay together.
 
         Args:
             model: The model; it runs in eval mode, without gradients, whatever its flags say.
