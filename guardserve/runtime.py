@@ -95,7 +95,7 @@ class Runtime:
         SettingsError: If the model cannot be compiled here.
 
     Attributes:
-        fingerprint: What tells its weights and its code from others: see :func:`guardserve.fingerprints.fingerprint`.
+        fingerprint: What tells its weights and structure from others: see :func:`guardserve.fingerprints.fingerprint`.
         findings: What the audit found in it.
         failure: Why the model is not ready; None when it is.
         failing: Whether that is a fault met since it started, which may pass: see :meth:`fail`.
