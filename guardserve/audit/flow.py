@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from guardserve.symbolic import Tracer
+
 INPUT, NORM = "input", "batchnorm"
 
 
@@ -164,7 +166,7 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Traces into a model as far as the flow needs it."""
 
     def __init__(self, norms: frozenset[str]) -> None:

@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from guardserve.batchnorm import is_batchnorm
 from guardserve.exceptions import GuardserveError
 from guardserve.modes import _KeepEval
+from guardserve.symbolic import Tracer
 
 _IDENTITIES_IN_EVAL = {
     nn.Identity,
@@ -141,7 +142,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(not isinstance(hook, _KeepEval) for hook in hooks)
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Traces through containers, and notes which values outlive the trace."""
 
     proxy_buffer_attributes = True

@@ -11,11 +11,12 @@ from torch import fx, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from guardserve.batchnorm import BatchNorm
+from guardserve.symbolic import Tracer
 
 _HARMLESS = {getattr, operator.eq, torch._assert}  # noqa: SLF001 - what an assertion on the input leaves in a graph
 
 
-class _ChildrenAreLeaves(fx.Tracer):
+class _ChildrenAreLeaves(Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
