@@ -73,7 +73,7 @@ class Scale:
         return same_constants(self._constants, constants_of(self._points))
 
     def moments(self, rows: Sequence[Rows], *, anchored: bool = True) -> RouteMoments:
-        """Standardise and summarise rows; non-finite values are left out of their own channel only.
+        """Standardise and summarise rows; values that are not finite, nor their squares, are left out of their channel.
 
         Args:
             rows: The rows.
@@ -84,7 +84,7 @@ class Scale:
         with np.errstate(invalid="ignore", over="ignore"):
             sums = _finite_sums(rows, samples)
             if sums is None:
-                finite = np.concatenate([np.isfinite(part.mean) for part in rows])
+                finite = np.concatenate([np.isfinite(part.mean) & np.isfinite(_spread(part)) for part in rows])
                 bad += samples - np.logical_and.reduceat(finite, [0, *self.ends[:-1]], axis=1).sum(0)
                 sums = _sums_without(rows, finite)
         # few operations: each hands the interpreter over to the forwards, and asks for it again
@@ -135,32 +135,27 @@ def _finite_sums(rows: Sequence[Rows], samples: int) -> _Sums | None:
     for start in range(0, columns, width):
         here = slice(start, start + width)
         mean = np.concatenate([part.mean[:, here] for part in rows])
-        # deviations from the first sample, so that their own type is exact enough; their mean is what it was off by
+        # deviations from the first sample, then from the mean, so that their own type is exact enough
         first = mean[0].copy()
         mean -= first
         rest = _total(mean) / samples
         np.add(first, rest, out=sums.average[here])
-        rest *= rest
-        rest *= samples
-        np.subtract(np.einsum("nc,nc->c", mean, mean), rest, out=sums.squares[here])
+        mean -= rest.astype(mean.dtype)
+        sums.squares[here] = _total(np.square(mean, out=mean))
         if spread:
             sums.within[here] = _total(np.concatenate([_spread(part)[:, here] for part in rows]))
-    if not math.isfinite(sums.average.sum() + sums.within.sum()):
-        return None
-    np.maximum(sums.squares, 0.0, out=sums.squares)
-    return sums
+    return sums if math.isfinite(sums.average.sum() + sums.squares.sum() + sums.within.sum()) else None
 
 
 def _sums_without(rows: Sequence[Rows], finite: npt.NDArray[np.bool_]) -> _Sums:
-    """Sum rows up without their non-finite values."""
-    mean = np.concatenate([part.mean for part in rows])
+    """Sum rows up without their non-finite values, in a type in which the squares of all others are finite."""
+    mean = np.concatenate([part.mean for part in rows], dtype=np.float64)
     variance = np.concatenate([_spread(part) for part in rows])
-    finite = finite & np.isfinite(variance)
     count = finite.sum(0)
-    average = mean.sum(0, dtype=np.float64, where=finite) / np.maximum(count, 1)
-    mean -= average.astype(mean.dtype)
+    average = mean.sum(0, where=finite) / np.maximum(count, 1)
+    mean -= average
     mean[~finite] = 0
-    squares = np.einsum("nc,nc->c", mean, mean).astype(np.float64)
+    squares: npt.NDArray[np.float64] = np.einsum("nc,nc->c", mean, mean)
     return _Sums(count, average, squares, variance.sum(0, dtype=np.float64, where=finite))
 
 

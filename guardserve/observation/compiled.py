@@ -92,11 +92,9 @@ def read_in_graph(
         x = x.index_select(2 + axis, index % parts + within * parts)  # a grid: all samples read the same cell
     axes = tuple(range(2, 2 + len(sizes)))
     deviation = x - anchor.reshape(-1, *[1 for _ in sizes])
-    # from the first position on, which is not far from the mean, both are exact in one pass
-    first = deviation[(slice(None), slice(None), *[slice(1) for _ in sizes])]
-    deviation = deviation - first
-    total, squares = deviation.sum(axes), deviation.square().sum(axes)
-    return total + first.flatten(1) * count, (squares - total.square() / count).clamp(min=0), count
+    total = deviation.sum(axes, keepdim=True)
+    # in two passes: the first position may be far from the mean, and graphs add up one value after the other
+    return total.flatten(1), (deviation - total / count).square().sum(axes), count
 
 
 def per_sample(

@@ -15,7 +15,7 @@ from torch import nn
 
 from guardserve import EvalGuard, Monitor, fuse
 from guardserve.monitor import Snapshot
-from guardserve.observation.compiled import per_sample
+from guardserve.observation.compiled import per_sample, read_in_graph
 from guardserve.observation.reading import Plan, read
 
 pytestmark = [
@@ -73,6 +73,17 @@ def assert_same(left: Snapshot, right: Snapshot) -> None:
         assert a.samples == b.samples
         for name in ("mean_shift", "log_std_ratio", "wasserstein2"):
             assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-4, abs=1e-6)
+
+
+def test_what_a_graph_reads_is_exact_however_far_off_the_first_position_is() -> None:
+    """A padded corner or an overlay on a plane that hardly varies."""
+    torch.manual_seed(0)
+    x = 5 + 0.01 * torch.randn(2, 3, 64, 64)
+    x[:, :, 0, 0] = 0
+    total, squares, count = read_in_graph(x, torch.zeros(3), torch.zeros((), dtype=torch.int64), None)
+    exact = x.double().flatten(2)
+    torch.testing.assert_close(total.double() / count, exact.mean(-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(squares.double() / count, exact.var(-1, correction=0), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("frames", [1, 3])

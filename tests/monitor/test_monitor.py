@@ -191,6 +191,40 @@ def test_non_finite_activations_are_counted_and_poison_nothing() -> None:
     assert [layer.wasserstein2 for layer in after.layers] == [layer.wasserstein2 for layer in before.layers]
 
 
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4, 4), (1, 3, 20, 20)])
+@pytest.mark.parametrize("size", [1e18, 1e20, 1e30])
+def test_finite_values_however_large_are_a_shift_or_counted(shape: tuple[int, ...], size: float) -> None:
+    """One channel explodes: what has no finite square counts as not finite, and later samples are judged as ever."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3) if len(shape) == 2 else nn.BatchNorm2d(3)).eval()
+    with Monitor(model, values=None) as monitor, torch.inference_mode():
+        for i in range(4):
+            x = torch.randn(shape)
+            x[:, 1] *= size if i < 2 else 1
+            model(x)
+        (layer,) = monitor.snapshot().layers
+        if layer.nonfinite_samples == 0:
+            assert layer.wasserstein2 > size / 100
+        else:
+            assert layer.nonfinite_samples == 2 * shape[0]
+            assert layer.wasserstein2 < 1
+            assert len(layer.worst_channels) == 3
+
+
+def test_a_batch_whose_first_sample_is_far_off_has_the_spread_that_it_has() -> None:
+    """Thousands of samples, nowhere near the first."""
+    torch.manual_seed(0)
+    x = torch.randn(5000, 2)
+    x[0] = 1e5
+    model = nn.Sequential(nn.BatchNorm1d(2, eps=0)).eval()
+    with Monitor(model) as monitor, torch.inference_mode():
+        model(x)
+        (layer,) = monitor.snapshot().layers
+    mean, spread = x.double().mean(0), x.double().std(0, correction=0)
+    expected = ((mean.square() + (spread - 1).square()).mean()).sqrt()
+    assert layer.wasserstein2 == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_only_non_finite_activations_give_no_worst_layer() -> None:
     """With nothing finite to compare there is no score, rather than a NaN one."""
     model = trained()
