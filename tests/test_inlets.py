@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -177,6 +178,17 @@ def test_a_layer_that_somebody_else_takes_over_is_named_as_unobserved(replace: C
     assert not monitor.unobserved
 
 
+def test_a_forward_that_was_put_around_a_layers_own_leaves_it_observed() -> None:
+    """As those of tracers and of offloading do: what it reads goes on."""
+    model = net()
+    with Monitor(model) as monitor:
+        model(X)
+        vars(model[1])["forward"] = functools.partial(model[1].forward)
+        model(X)
+        assert not monitor.unobserved
+        assert monitor.snapshot().layers[0].samples == 2 * len(X)
+
+
 def test_hooks_that_are_cleared_are_named_too() -> None:
     """Where a layer takes a hook."""
     model = nn.Sequential(Own(3)).eval()
@@ -184,6 +196,7 @@ def test_hooks_that_are_cleared_are_named_too() -> None:
         model(X)
         assert not monitor.unobserved
         model[0]._forward_pre_hooks.clear()
+        model(X)
         assert list(monitor.unobserved) == ["0"]
 
 

@@ -137,6 +137,7 @@ class Taps:
         self._turns = itertools.count()
         self._no_slots: list[Slot | None] = []
         self._gave_up = False
+        self._order: tuple[int, ...] = ()  # the layers of the last forward
         self._workspaces: dict[_Key, Workspace | None] = {}
         self._sheets = Sheets()
         self._taps: list[_Tap] = []
@@ -151,10 +152,12 @@ class Taps:
     @property
     def unobserved(self) -> dict[str, str]:
         """Qualified names of BatchNorm layers that cannot be watched, each with the reason."""
-        lost = zip(self._taps, self._handles, strict=False)  # no handles are left of closed ones
+        taps = zip(self._taps, self._handles, strict=False)  # no handles are left of closed ones
+        # a forward that was put around a layer's own still has it seen
+        lost = [tap for tap, handle in taps if not looks_still(handle) and tap.index not in self._order]
         return (
             self._unobserved
-            | {tap.point.name: _LOST for tap, handle in lost if not looks_still(handle)}
+            | {tap.point.name: _LOST for tap in lost}
             | {tap.point.name: tap.fault for tap in self._taps if tap.fault is not None}
         )
 
@@ -299,6 +302,7 @@ class Taps:
         if record.key is not None:
             self._lay_out(record, record.key)
         record.close()
+        self._order = record.order
         if record.readings or record.bundle is not None:
             if record.seconds:
                 record.spent += time.perf_counter() - began
