@@ -20,7 +20,7 @@ from guardserve.exceptions import ReferenceProfileError
 KEY = "guardserve_reference"
 """The metadata entry that holds the facts."""
 
-VERSION = 2
+VERSION = 3
 
 FACTS: Mapping[str, type | tuple[type, ...]] = {
     "layers": list,
