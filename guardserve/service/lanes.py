@@ -21,7 +21,8 @@ SHORT = 4 * MIB
 """Bytes of a body, unpacked, up to which it is short."""
 
 WAY = 0.05
-"""Seconds for which what is long makes way for what is short, at most, before each of its pieces."""
+"""Seconds for which what is long makes way for what is short, at most, before each of its pieces: nor for longer than
+it has been read since, or short ones without end would let it never be read."""
 
 
 class NobodyWaitsError(Exception):
@@ -66,9 +67,13 @@ class Lanes:
         Returns:
             What raises :class:`NobodyWaitsError` if nobody does.
         """
+        worked_since = time.monotonic()
 
         def held(size: int) -> None:
-            self._free.wait(WAY)
+            nonlocal worked_since
+            if not self._free.is_set():
+                self._free.wait(min(WAY, time.monotonic() - worked_since))
+                worked_since = time.monotonic()
             if self._closed or gone.is_set() or time.monotonic() >= late:
                 raise NobodyWaitsError
             hold(size)
