@@ -91,6 +91,19 @@ def test_it_leaves_what_connects_to_the_workers_as_often_as_they_are_back() -> N
             wait_until(lambda: not stand_in._state.connections)
 
 
+def test_who_has_not_said_all_has_an_answer_when_it_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """And nothing is left of its request that would fill the log."""
+    with standing_in() as (stand_in, url):
+        stand_in.begin(0.0)
+        with socket.create_connection((httpx.URL(url).host, httpx.URL(url).port), timeout=30) as client:
+            client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+            wait_until(lambda: stand_in._readings)
+            caplog.clear()
+            stand_in.close()
+            assert client.recv(13) == b"HTTP/1.1 503 "
+    assert not caplog.text
+
+
 def test_a_supervisor_without_workers_has_clients_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the moment when the last has died until another is up, or none can be started and it gives up."""
     for name, value in {"ATTEMPTS": 2, "BACKOFF": 0.5}.items():

@@ -73,6 +73,8 @@ class _Calls:
         if version is not None:
             self._path += f"/versions/{quote(version, safe='')}"
         self._timeout = _checked(timeout)
+        if retries < 0:
+            raise ValueError(f"retries is {retries}: give the times that a request is sent again, 0 for none")
         self._retries = retries
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._http = self._connections(base_url=_address(url), headers=headers, verify=verify, trust_env=trust_env)
@@ -117,9 +119,11 @@ class _Calls:
     def _metadata(self) -> Steps[dict[str, Any]]:
         response = yield from self._send("GET", "", self._timeout)
         try:
-            found: dict[str, Any] = orjson.loads(response.content)
+            found = orjson.loads(response.content)
         except orjson.JSONDecodeError as error:
             raise ClientError(f"the server's answer is no JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ClientError("the server's answer is JSON, but tells nothing of a model")
         return found
 
     def _send(self, method: str, path: str, timeout: float | None, **content: Any) -> Steps[httpx.Response]:
@@ -164,7 +168,8 @@ class Client(_Calls):
             place with errors of its own, and is shown inputs and API key. ``tritonclient`` heeds none either.
 
     Raises:
-        ValueError: If the URL is none of http or https, or the timeout is no number of seconds above 0.
+        ValueError: If the URL is none of http or https, the timeout is no number of seconds above 0, or the retries
+            are fewer than none.
     """
 
     _connections = staticmethod(_DEADLINE.client)
@@ -333,7 +338,8 @@ def _message(response: httpx.Response) -> str:
         answer = None
     if isinstance(answer, dict) and isinstance(answer.get("error"), str):
         return str(answer["error"])
-    return response.text[:MAX_MESSAGE].strip() or response.reason_phrase
+    # whatever it says that its coding is, which may be none of text
+    return response.content[:MAX_MESSAGE].decode(errors="replace").strip() or response.reason_phrase
 
 
 def _retry_after(response: httpx.Response) -> float | None:
@@ -343,7 +349,7 @@ def _retry_after(response: httpx.Response) -> float | None:
         return float(value)
     try:
         moment = parsedate_to_datetime(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=timezone.utc)

@@ -52,10 +52,11 @@ def _sources() -> Iterator[tuple[str, Path]]:
         file = getattr(module, "__file__", None)
         if not isinstance(file, str) or not file.endswith(".py") or name.startswith("__"):
             continue
-        path = Path(file).resolve()
-        if any(part in _PACKAGES for part in path.parts):
+        path = Path(file)
+        place = path.resolve()  # of links, only what they are called now says whose they are
+        if any(part in _PACKAGES for part in place.parts):
             continue
-        if not any(path.is_relative_to(place) for place in (*_STANDARD, _OWN)):
+        if not any(place.is_relative_to(other) for other in (*_STANDARD, _OWN)):
             yield name, path
 
 

@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -59,13 +58,17 @@ class StandIn:
         self._thread: threading.Thread | None = None
         self._servers: list[asyncio.Server] = []
         self._state = ServerState()
+        self._readings: set[asyncio.Future[None]] = set()
         self._until = 0.0
         self.active = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, the last of its connection."""
-        with suppress(asyncio.TimeoutError, TimeoutError):
-            await asyncio.wait_for(_passed_over(receive), BODY_TIMEOUT)
+        reading = asyncio.ensure_future(_passed_over(receive))
+        self._readings.add(reading)
+        await asyncio.wait([reading], timeout=BODY_TIMEOUT)
+        self._readings.discard(reading)
+        reading.cancel()
         send = closing(named(send, Identity(dict(scope["headers"]))))
         await self._answer(scope).send(send)
 
@@ -115,6 +118,8 @@ class StandIn:
             asyncio.run_coroutine_threadsafe(work, self._loop).add_done_callback(_log_failure)
 
     async def _listen(self) -> None:
+        if self._servers:
+            return
         if not self._config.loaded:
             self._config.load()
         loop = asyncio.get_running_loop()
@@ -133,12 +138,19 @@ class StandIn:
             self._servers.pop().close()
 
     async def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
-        end = time.monotonic() + LINGER
-        for connection in list(self._state.connections):
-            connection.shutdown()
-        while self._state.connections and time.monotonic() < end:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0.01)
-        loop.stop()
+        try:
+            end = time.monotonic() + LINGER
+            for connection in list(self._state.connections):
+                connection.shutdown()
+            for reading in self._readings:  # who has not said all has an answer still
+                reading.cancel()
+            while self._state.connections and time.monotonic() < end:  # noqa: ASYNC110 - uvicorn has no event for it
+                await asyncio.sleep(0.01)
+            for connection in list(self._state.connections):
+                connection.transport.abort()
+            await asyncio.sleep(0)
+        finally:
+            loop.stop()
 
     def _protocol(self) -> asyncio.Protocol:
         kind: Any = self._config.http_protocol_class

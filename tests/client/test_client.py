@@ -257,9 +257,9 @@ class Canned(BaseHTTPRequestHandler):
         super().setup()
         self.server.connections += 1
 
-    def do_POST(self) -> None:
+    def do_GET(self) -> None:
         """Answer."""
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.seen += 1
         status, headers, body = self.server.answers.pop(0)
         if status == 0:
@@ -270,6 +270,8 @@ class Canned(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    do_POST = do_GET  # noqa: N815 - that is its name
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
@@ -304,6 +306,8 @@ def test_a_server_without_the_binary_extension_is_understood(call: Call) -> None
         ([(503, {}, b"no")], 1, exceptions.OverloadedError),
         ([(503, {"Retry-After": "soon"}, b"no")], 1, exceptions.OverloadedError),
         ([(503, {"Retry-After": str(int(MAX_WAIT) + 1)}, b"no")], 1, exceptions.OverloadedError),
+        ([(503, {"Retry-After": "Mon, 01 Jan 99999999999 00:00:00 GMT"}, b"no")], 1, exceptions.OverloadedError),
+        ([(500, {"Content-Type": "text/plain; charset=hex"}, b"no")], 1, exceptions.ResponseError),
         ([(500, SOON, b"no")], 1, exceptions.ResponseError),
         ([(502, SOON, b"no")], 1, exceptions.ResponseError),
         ([(302, {"Location": "/"}, b"no")], 1, exceptions.ResponseError),
@@ -326,6 +330,19 @@ def test_only_refusals_that_ask_for_it_are_tried_again(
                 call(url, "infer", {"x": ROWS})
             assert type(caught.value) is kind
         assert server.seen == tries
+
+
+@pytest.mark.parametrize("answer", [b"[]", b"null", b"<html>"])
+def test_what_tells_nothing_of_a_model_is_no_metadata(call: Call, answer: bytes) -> None:
+    """It is an error of the client's own class."""
+    with canned((200, {}, answer)) as (url, _), pytest.raises(exceptions.ClientError, match="JSON"):
+        call(url, "metadata")
+
+
+def test_fewer_retries_than_none_are_refused() -> None:
+    """At once, not when a call is made."""
+    with pytest.raises(ValueError, match="retries is -1"):
+        Client("http://127.0.0.1:9", "net", retries=-1)
 
 
 @contextmanager
@@ -521,12 +538,18 @@ def test_the_second_address_is_tried_when_the_first_refuses(monkeypatch: pytest.
             call_sync(f"http://none:{port}", "infer", {"x": ROWS})
 
 
+def only_proxy(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Name a proxy in the environment, and no other."""
+    for name in ("http_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HTTP_PROXY", url)
+
+
 def test_proxies_of_the_environment_are_heeded_when_asked_for_only(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server on loopback is asked itself, whatever the way to the outside is."""
     with canned((200, {}, GOOD)) as (proxy, asked), canned((200, {}, GOOD)) as (url, server):
-        monkeypatch.setenv("HTTP_PROXY", proxy)
-        monkeypatch.delenv("NO_PROXY", raising=False)
-        monkeypatch.delenv("no_proxy", raising=False)
+        only_proxy(monkeypatch, proxy)
         call(url, "infer", {"x": ROWS})
         assert (server.seen, asked.seen) == (1, 0)
         call(url, "infer", {"x": ROWS}, options={"trust_env": True})
@@ -536,9 +559,7 @@ def test_proxies_of_the_environment_are_heeded_when_asked_for_only(call: Call, m
 def test_a_call_through_a_proxy_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slowly that answers."""
     with dripping(lambda taken: taken.sendall(b"x"), b"HTTP/1.1 200 OK\r\nX: ") as proxy:
-        monkeypatch.setenv("HTTP_PROXY", proxy)
-        monkeypatch.delenv("NO_PROXY", raising=False)
-        monkeypatch.delenv("no_proxy", raising=False)
+        only_proxy(monkeypatch, proxy)
         started = time.monotonic()
         with pytest.raises(exceptions.ClientTimeoutError):
             call_sync("http://127.0.0.1:1", "infer", {"x": ROWS}, timeout=0.5, options={"trust_env": True})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +45,23 @@ def test_a_change_of_a_module_or_of_what_it_imports_is_found(project: Project, t
         code.check()
     (tmp_path / f"{layers}.py").unlink()
     with pytest.raises(ModelLoadError, match=layers):
+        code.check()
+
+
+def test_another_release_behind_a_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deployments often turn a link round, and leave the files of the release before as they were."""
+    link = tmp_path / "current"
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "linked_code.py").write_text(f"release = {number}")
+    link.symlink_to(tmp_path / "1")
+    monkeypatch.syspath_prepend(link)
+    monkeypatch.setitem(sys.modules, "linked_code", importlib.import_module("linked_code"))
+    code = ImportedCode()
+    code.check()
+    link.unlink()
+    link.symlink_to(tmp_path / "2")
+    with pytest.raises(ModelLoadError, match="linked_code"):
         code.check()
 
 
