@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.fx._symbolic_trace import is_fx_tracing
 
 from guardserve import fuse
 from guardserve.audit import audit
@@ -68,6 +69,23 @@ def test_a_forward_of_another_thread_is_what_it_is_during_a_trace(buffers: bool)
     torch.testing.assert_close(found[0], expected)
     torch.testing.assert_close(found[1], traced.layer(x))
     assert (nn.Module.__call__, nn.Module.__getattr__) == (CALL, GET)
+
+
+def test_a_compiled_model_runs_in_another_thread_during_a_trace(fresh_compiler: None) -> None:
+    """It asks torch whether anybody traces, whoever that is."""
+    del fresh_compiler
+    served, x = Served().eval(), torch.randn(2, 3)
+    compiled = torch.compile(served, backend="eager")
+    found = [compiled(x)]
+
+    def beside() -> None:
+        other = threading.Thread(target=lambda: found.append(compiled(x)))
+        other.start()
+        other.join()
+
+    Tracer().trace(Waits(beside))
+    torch.testing.assert_close(found, [served(x)] * 2)
+    assert not is_fx_tracing()
 
 
 def test_traces_of_several_threads_take_turns() -> None:
