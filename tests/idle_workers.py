@@ -17,9 +17,7 @@ def silent_then_broken(connection: Connection, sockets: object, up: bytes, start
         starts: File of one character for each start.
     """
     del sockets
-    with starts.open("a") as file:
-        file.write(".")
-    if len(starts.read_text()) > 1:
+    if not _is_first(starts):
         raise SystemExit(3)
     connection.send_bytes(up)
     time.sleep(60)
@@ -35,8 +33,13 @@ def up_then_gone(connection: Connection, sockets: object, up: bytes, starts: Pat
         starts: File of one character for each start.
     """
     del sockets
-    with starts.open("a") as file:
-        file.write(".")
-    if len(starts.read_text()) == 1:
+    if _is_first(starts):
         connection.send_bytes(up)
     raise SystemExit(3)
+
+
+def _is_first(starts: Path) -> bool:
+    """Note a start, and tell whether there was none before."""
+    with starts.open("a") as file:
+        file.write(".")
+    return len(starts.read_text()) == 1
