@@ -72,7 +72,8 @@ class ReferenceProfile:
         whitening: From those to vectors with mean 0 and covariance 1.
         levels: What makes the statistics comparable.
         thresholds: Evidence of each chart from which on there is an alarm, for each of :data:`calibration.ARLS`.
-        scores: Sorted oddness of all samples, each judged by what others gave, which p-values refer to.
+        scores: Sorted oddness of the samples, each judged by what others gave, which p-values refer to; a few that fill
+            no fold are left out.
         ordered: Whether the reference was taken as a sequence, each sample depending on those before it.
         values: Values that were read of each sample at each layer, about; None is all. A monitor reads as many.
     """
@@ -254,7 +255,7 @@ class ReferenceProfile:
     def p_values(self, oddness: Array) -> npt.NDArray[np.float64]:
         """Return the share of clean samples at least as odd, one p-value a sample (Vovk et al. 2005).
 
-        ``(1 + #{reference scores >= score}) / (reference samples + 1)``: uniform for samples like the reference.
+        ``(1 + #{reference scores >= score}) / (reference scores + 1)``: uniform for samples like the reference.
 
         Args:
             oddness: How odd each sample is, shape ``(N,)``: the largest of :meth:`Levels.oddness` over its layers.
