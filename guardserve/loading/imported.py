@@ -1,4 +1,4 @@
-"""The user's code as this process has imported it, which may not be what the files say any more."""
+"""The code that this process has imported, which may not be what the files say any more."""
 
 from __future__ import annotations
 
@@ -6,44 +6,75 @@ import hashlib
 import sys
 import sysconfig
 from collections.abc import Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
+from typing import NamedTuple
 
 from guardserve.exceptions import ModelLoadError
 
 _PACKAGES = ("site-packages", "dist-packages")
 _STANDARD = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
 _OWN = Path(__file__).resolve().parents[1]
+_REMEDY = "a running process does not import code again: start the server again, beside this one to lose no request"
+
+
+class Installed(NamedTuple):
+    """Which build of a package is installed.
+
+    Attributes:
+        version: Its version; None if it is not installed.
+        files: Hash of the list of its files, which holds a hash of each: it tells builds of one version apart.
+    """
+
+    version: str | None
+    files: str = ""
 
 
 class ImportedCode:
-    """Remembers the source files of modules that are no installed package's, as they are now.
+    """Remembers the code that was imported: source files as they are now, and for packages which build is installed.
 
     Python imports a module once. A model that is loaded again is built by the code that was there at the start: with
     new weights, and a factory that was changed as well, it would be a model that nobody has written.
     """
 
     def __init__(self) -> None:
-        self._digests: dict[str, tuple[Path, bytes]] = {}
-        self._remember()
+        self._sources: dict[str, tuple[Path, str]] = {}
+        self._packages: dict[str, Installed] = {}
+        self.remember()
+
+    @property
+    def known(self) -> dict[str, str]:
+        """What is remembered: where two processes remember the same thing otherwise, they run different code."""
+        return {
+            **{f"the code of {name}": digest for name, (_, digest) in self._sources.items()},
+            **{f"package {name}": f"{found.version} {found.files}" for name, found in self._packages.items()},
+        }
 
     def check(self) -> None:
-        """Refuse to go on with code that its files do not hold any more; remember what was imported since.
+        """Refuse to go on with code that is not what the files hold any more; remember what was imported since.
 
         Raises:
             ModelLoadError: If there is such code.
         """
-        changed = [f"{name} ({path.name})" for name, (path, old) in self._digests.items() if _digest(path) != old]
+        changed = [f"{name} ({path.name})" for name, (path, old) in self._sources.items() if _digest(path) != old]
         if changed:
             raise ModelLoadError(
-                f"the code of {', '.join(sorted(changed))} has changed since it was imported, and a running process "
-                "does not import it again: start the server again, beside this one to lose no request"
+                f"the code of {', '.join(sorted(changed))} has changed since it was imported, and {_REMEDY}"
             )
-        self._remember()
+        replaced = [
+            _replaced(name, old, new) for name, old in self._packages.items() if (new := _installed(name)) != old
+        ]
+        if replaced:
+            raise ModelLoadError(f"since it was imported, {', '.join(sorted(replaced))}, and {_REMEDY}")
+        self.remember()
 
-    def _remember(self) -> None:
+    def remember(self) -> None:
+        """Remember what was imported since, as it is now."""
         for name, path in _sources():
-            if name not in self._digests and (digest := _digest(path)) is not None:
-                self._digests[name] = path, digest
+            if name not in self._sources and (digest := _digest(path)) is not None:
+                self._sources[name] = path, digest
+        for name in _packages():
+            self._packages.setdefault(name, _installed(name))
 
 
 def _sources() -> Iterator[tuple[str, Path]]:
@@ -60,9 +91,44 @@ def _sources() -> Iterator[tuple[str, Path]]:
             yield name, path
 
 
-def _digest(path: Path) -> bytes | None:
+def _digest(path: Path) -> str | None:
     """Return a hash of a file; None if it cannot be read."""
     try:
-        return hashlib.blake2b(path.read_bytes()).digest()
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     except OSError:
         return None
+
+
+def _packages() -> Iterator[str]:
+    """Yield the installed packages that modules were imported from."""
+    imported = {name.partition(".")[0] for name in sys.modules}
+    for package in distributions():
+        tops = (line.partition("/")[0].partition(".")[0] for line in _files(package).splitlines())
+        if not imported.isdisjoint(tops) and "Name" in (metadata := package.metadata):  # not left over half removed
+            yield metadata["Name"]
+
+
+def _installed(name: str) -> Installed:
+    """Look up which build of a package is installed now."""
+    try:
+        package = distribution(name)
+    except PackageNotFoundError:
+        return Installed(None)
+    metadata = package.metadata
+    if "Version" not in metadata:
+        return Installed(None)
+    return Installed(metadata["Version"], hashlib.blake2b(_files(package).encode(), digest_size=16).hexdigest())
+
+
+def _files(package: Distribution) -> str:
+    """Return the list of a package's files, or of its modules where its installer has written none."""
+    return package.read_text("RECORD") or package.read_text("top_level.txt") or ""
+
+
+def _replaced(name: str, old: Installed, new: Installed) -> str:
+    """Say what has become of a package."""
+    if new.version is None:
+        return f"{name} {old.version} was uninstalled"
+    if new.version == old.version:
+        return f"another build of {name} {old.version} was installed"
+    return f"{name} {old.version} was replaced by {new.version}"
