@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import torch
 from torch import nn
@@ -34,6 +35,6 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _structure(module: nn.Module) -> str:
-    """Return a program's code, or how modules of Python are put together."""
+    """Return a program's code, or how modules of Python are put together, wherever in memory."""
     code = getattr(module, "code", None)
-    return code if isinstance(code, str) else repr(module)
+    return code if isinstance(code, str) else re.sub(r" at 0x[0-9a-f]+", "", repr(module))

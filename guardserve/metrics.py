@@ -204,7 +204,10 @@ METRICS: dict[str, Description] = {
         "gauge", "Always 1; what is served.", ("model", "platform", "device", "model_version")
     ),
     "guardserve_workers": Description(
-        "gauge", "Processes that serve the model: up while they take connections, else down.", ("state",)
+        "gauge",
+        "Processes that serve the model: up while they take connections, held while they may not as they have loaded "
+        "something else than those that do, else down.",
+        ("state",),
     ),
     "guardserve_worker_restarts_total": Description("counter", "Workers that ended and were started again.", ()),
     "guardserve_build_info": Description("gauge", "Always 1; what serves it.", ("version", "torch", "python")),
@@ -212,6 +215,9 @@ METRICS: dict[str, Description] = {
 """Every metric that guardserve exports, beside the ``process_`` and ``python_`` ones of prometheus_client."""
 
 METRIC_NAMES = frozenset(METRICS)
+
+WORKER_STATES = ("up", "held", "down")
+"""Every value of the label ``state`` of workers."""
 
 RELOADS = ("done", "failed")
 """Every value of the label ``outcome``."""
@@ -422,7 +428,7 @@ class RuntimeCollector(Collector):
         if monitor.share is not None:
             yield _family("guardserve_monitor_share", [((model,), monitor.share)])
         yield from verdict_families(model, verdict)
-        yield from worker_families(1, 0, 0)
+        yield from worker_families({"up": 1}, 0)
 
 
 Row = tuple[tuple[str, ...], float]
@@ -434,9 +440,9 @@ def pooled_families(model: str, verdict: Verdict) -> Iterator[Metric]:
     yield _family(ALARMS, [((model,), verdict.alarms)])
 
 
-def worker_families(up: int, down: int, restarts: int) -> Iterator[Metric]:
+def worker_families(states: Mapping[str, int], restarts: int) -> Iterator[Metric]:
     """Yield what there is to say of workers; one process that serves by itself is one."""
-    yield _family("guardserve_workers", [(("up",), up), (("down",), down)])
+    yield _family("guardserve_workers", [((state,), states.get(state, 0)) for state in WORKER_STATES])
     yield _family("guardserve_worker_restarts_total", [((), restarts)])
 
 

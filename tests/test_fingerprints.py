@@ -79,3 +79,19 @@ def test_programs_are_told_apart_by_their_code() -> None:
     scripted = [torch.jit.script(kind()) for kind in (Adding, Taking)]
     for one, other in (exported, scripted):
         assert fingerprint(one) != fingerprint(other)
+
+
+def test_where_in_memory_a_function_is_makes_no_difference() -> None:
+    """Some modules show theirs: two processes that load the same files have it at different places."""
+
+    class Shown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.activation = lambda x: x
+
+        def extra_repr(self) -> str:
+            return f"activation={self.activation}"
+
+    one, other = Shown(), Shown()
+    assert repr(one) != repr(other)
+    assert fingerprint(one) == fingerprint(other)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -20,6 +22,7 @@ from serving import loaded, wait_until
 from torch import nn
 
 from guardserve import Monitor, ReferenceProfile
+from guardserve.loading.imported import ImportedCode
 from guardserve.metrics import Metrics
 from guardserve.monitor import Seen
 from guardserve.runtime import Runtime
@@ -28,16 +31,21 @@ from guardserve.service.versions import ReloadError, ReloadRunningError
 from guardserve.totals import NO_ENGINE
 from guardserve.workers import Link, Pool, Supervisor
 from guardserve.workers import worker as worker_module
+from guardserve.workers.admission import Admission
 from guardserve.workers.messages import (
+    MODEL,
+    PROFILE,
     Collect,
     Decide,
     Decided,
     Hurry,
     Line,
+    Listen,
     Outcome,
     Pooled,
     Prepare,
     Prepared,
+    Ready,
     Reload,
     Report,
 )
@@ -70,13 +78,25 @@ class Crew:
         self.ends: dict[Worker, Connection] = {}
         for worker in self.workers:
             self.start(worker)
-            worker.up_since = 0.0
+            worker.loaded, worker.admitted = {MODEL: "v1"}, True
         self.reloading = Reloading(self.workers)
+        self.admission = Admission(self.workers, self.reloading)
 
     def start(self, worker: Worker) -> None:
         """Let a worker begin to start."""
         mine, self.ends[worker] = Pipe()
         worker.process, worker.line = mock.Mock(), Line(mine)
+
+    def restart(self, worker: Worker) -> None:
+        """Let a worker end, and another begin in its place."""
+        worker.forget()
+        self.start(worker)
+
+    def is_ready(self, worker: Worker, version: str, **loaded: str) -> None:
+        """Let a worker be ready with a version."""
+        worker.loaded = {MODEL: version, **loaded}
+        self.reloading.go_on()
+        self.admission.go_on()
 
     def told(self, worker: Worker) -> list[Any]:
         """Return what a worker was told since the last look."""
@@ -100,9 +120,9 @@ def test_all_workers_commit_when_all_have_the_same_version_and_then_the_answer_i
     assert crew.all_told() == [[], []]
     crew.reloading.hear(two, Prepared(1, "v2"))
     assert crew.all_told() == [[Decide(1, commit=True)]] * 2
-    crew.reloading.hear(one, Decided(1))
+    crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
     assert crew.all_told() == [[], []]
-    crew.reloading.hear(two, Decided(1))
+    crew.reloading.hear(two, Decided(1, {MODEL: "v2"}))
     assert crew.all_told() == [[Outcome(7)], []]
     assert crew.reloading.ends_by is None
 
@@ -122,8 +142,8 @@ def test_no_worker_commits_when_one_has_another_version_or_none(second: Prepared
     crew.reloading.hear(one, Prepared(1, "v2"))
     crew.reloading.hear(two, second)
     assert crew.all_told() == [[Prepare(1), Decide(1, commit=False)]] * 2
-    crew.reloading.hear(one, Decided(1))
-    crew.reloading.hear(two, Decided(1))
+    crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
+    crew.reloading.hear(two, Decided(1, {MODEL: "v2"}))
     told_one, (outcome,) = crew.all_told()
     assert told_one == []
     assert outcome.ticket == 1
@@ -146,7 +166,7 @@ def test_a_worker_that_ends_while_it_loads_keeps_the_others_from_it() -> None:
     one.forget()
     crew.reloading.lose(one)
     assert crew.told(two) == [Prepare(1), Decide(1, commit=False)]
-    crew.reloading.hear(two, Decided(1))
+    crew.reloading.hear(two, Decided(1, {MODEL: "v2"}))
     assert crew.reloading.ends_by is None
 
     crew = Crew()
@@ -154,7 +174,7 @@ def test_a_worker_that_ends_while_it_loads_keeps_the_others_from_it() -> None:
     crew.reloading.begin((one, 1))
     for worker in crew.workers:
         crew.reloading.hear(worker, Prepared(1, "v2"))
-    crew.reloading.hear(one, Decided(1))
+    crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
     two.forget()
     crew.reloading.lose(two)
     assert crew.told(one) == [Prepare(1), Decide(1, commit=True), Outcome(1)]
@@ -172,46 +192,128 @@ def test_whoever_asks_meanwhile_is_told_so() -> None:
     assert (prepare, outcome.ticket, outcome.running) == (Prepare(1), 5, True)
 
 
-def test_a_worker_that_was_starting_loads_its_model_again_when_it_takes_connections() -> None:
+def test_a_worker_that_was_starting_loads_its_model_again_when_it_is_ready() -> None:
     """It may have read the files before they changed; one that starts after that has read the new ones."""
     crew = Crew()
     one, two = crew.workers
-    two.up_since = None
+    crew.restart(two)
     crew.reloading.begin()
     assert crew.all_told() == [[Prepare(1)], []]
-    two.up_since = 1.0
-    crew.reloading.go_on()
+    crew.is_ready(two, "v1")
     assert crew.told(two) == [], "not before the others have ended"
     crew.reloading.hear(one, Prepared(1, "v2"))
-    crew.reloading.hear(one, Decided(1))
+    crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
+    crew.admission.go_on()
     assert crew.all_told() == [[Decide(1, commit=True)], [Prepare(2)]]
     crew.reloading.hear(two, Prepared(2, "v2"))
-    crew.reloading.hear(two, Decided(2))
-    two.forget()
-    crew.start(two)
-    two.up_since = 2.0
-    crew.reloading.go_on()
-    assert crew.told(two) == []
+    crew.reloading.hear(two, Decided(2, {MODEL: "v2"}))
+    crew.admission.go_on()
+    assert crew.told(two) == [Decide(2, commit=True), Listen()]
+    crew.restart(two)
+    crew.is_ready(two, "v2")
+    assert crew.told(two) == [Listen()]
 
 
 def test_a_worker_that_was_starting_is_not_the_only_one_with_another_version() -> None:
     """It is not asked where the others could not, and does not commit what they have not."""
     crew = Crew()
     one, two = crew.workers
-    two.up_since = None
+    crew.restart(two)
     crew.reloading.begin()
-    two.up_since = 1.0
+    crew.is_ready(two, "v1")
     crew.reloading.hear(one, Prepared(1, failure="no memory"))
-    crew.reloading.hear(one, Decided(1))
+    crew.reloading.hear(one, Decided(1, {MODEL: "v1"}))
     assert crew.all_told() == [[Prepare(1), Decide(1, commit=False)], []]
 
-    two.up_since = None
     crew.reloading.begin()
-    two.up_since = 2.0
     crew.reloading.hear(one, Prepared(2, "v2"))
-    crew.reloading.hear(one, Decided(2))
+    crew.reloading.hear(one, Decided(2, {MODEL: "v2"}))
     crew.reloading.hear(two, Prepared(3, "v3"))
     assert crew.told(two) == [Prepare(3), Decide(3, commit=False)]
+
+
+def test_a_worker_that_has_loaded_something_else_than_the_others_is_held_back(caplog: pytest.LogCaptureFixture) -> None:
+    """The log says once what and what to do; it starts anew when the model is loaded again, and answers with it."""
+    crew = Crew()
+    one, two = crew.workers
+    crew.restart(two)
+    crew.is_ready(two, "v2")
+    crew.admission.go_on()
+    assert (crew.told(two), two.held) == ([], True)
+    (message,) = caplog.messages
+    assert "worker 2 is ready, but held back" in message
+    assert "the model (v2, not v1)" in message
+    assert f"send SIGHUP to process {os.getpid()}" in message
+
+    process: Any = two.process
+    crew.reloading.begin()
+    assert crew.all_told() == [[Prepare(1)], []]
+    process.kill.assert_called_once()
+    crew.admission.go_on()
+    crew.restart(two)
+    crew.reloading.lose(two)
+    crew.is_ready(two, "v2")
+    assert crew.told(two) == [], "the others answer with what they had still"
+    crew.reloading.hear(one, Prepared(1, "v2"))
+    crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
+    crew.admission.go_on()
+    assert crew.told(two) == [Listen()]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "says"),
+    [
+        ({}, {}, None),
+        ({"the code of late": "b"}, {"the code of early": "a"}, None),
+        ({"the code of net": "b"}, {"the code of net": "a"}, "the code of net; .*: start the server again, or"),
+        ({"package torch": "3 b"}, {"package torch": "2 a"}, "package torch; .*: start the server again, or"),
+        ({PROFILE: "b"}, {PROFILE: "a"}, "the reference profile; .* send SIGHUP"),
+    ],
+)
+def test_a_worker_is_held_back_by_other_code_or_another_profile_too(
+    mine: dict[str, str], theirs: dict[str, str], says: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not by code that only one of them has needed so far."""
+    crew = Crew()
+    one, two = crew.workers
+    one.loaded = {MODEL: "v1", **theirs}
+    crew.restart(two)
+    crew.is_ready(two, "v1", **mine)
+    assert two.held == (says is not None)
+    assert says is None or re.search(says, caplog.text)
+    assert crew.told(two) == ([Listen()] if says is None else [])
+
+
+def test_a_worker_that_is_held_back_answers_when_nobody_else_does(caplog: pytest.LogCaptureFixture) -> None:
+    """Another version is better than none; from then on it is the others that have to be like it."""
+    crew = Crew(3)
+    one, two, three = crew.workers
+    for worker, version in ((two, "v2"), (three, "v3")):
+        crew.restart(worker)
+        crew.is_ready(worker, version)
+    assert two.held
+    assert three.held
+    crew.restart(one)
+    crew.admission.go_on()
+    assert (crew.told(two), two.held) == ([Listen()], False)
+    assert "worker 2 answers: no worker that has loaded anything else is left" in caplog.text
+    assert (crew.told(three), three.held) == ([], True)
+    crew.is_ready(one, "v2")
+    assert crew.told(one) == [Listen()]
+
+
+def test_a_worker_that_did_not_take_the_new_version_is_ended() -> None:
+    """The others have it, and nobody would know."""
+    crew = Crew()
+    one, two = crew.workers
+    crew.reloading.begin()
+    for worker in crew.workers:
+        crew.reloading.hear(worker, Prepared(1, "v2"))
+    crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
+    crew.reloading.hear(two, Decided(1, {MODEL: "v1"}))
+    healthy, stuck = (cast("mock.Mock", worker.process) for worker in crew.workers)
+    stuck.kill.assert_called_once()
+    healthy.kill.assert_not_called()
 
 
 def test_a_worker_that_never_says_what_came_of_it_is_ended() -> None:
@@ -258,7 +360,7 @@ def test_the_last_word_of_a_worker_stays_whatever_comes_after_it() -> None:
 def linked(runtime: Runtime) -> Iterator[tuple[Link, Line, Metrics, threading.Event]]:
     """Give a worker's end of a line, the supervisor's, its metrics, and what says that it was told to leave."""
     mine, theirs = Pipe()
-    link, metrics, left = Link(theirs), Metrics(runtime), threading.Event()
+    link, metrics, left = Link(theirs, ImportedCode()), Metrics(runtime), threading.Event()
     metrics.follow(runtime, ENGINE, "1")
     link.attach(metrics, left.set)
     with mine:
@@ -389,7 +491,7 @@ def test_a_worker_prepares_and_then_does_what_is_decided() -> None:
     async def told() -> None:
         runtime = Runtime(loaded(Net()))
         mine, theirs = Pipe()
-        link, supervisor = Link(theirs), Line(mine)
+        link, supervisor = Link(theirs, ImportedCode()), Line(mine)
         app = create_app(runtime, load=load, together=link.reload)
         link.attach(app.metrics, lambda: None)
         loop = asyncio.get_running_loop()
@@ -399,19 +501,25 @@ def test_a_worker_prepares_and_then_does_what_is_decided() -> None:
 
         async with app.router.lifespan_context(app):
             await loop.run_in_executor(None, wait_until, lambda: runtime.failure is None)
-            link.up(app.versions)
-            await said()
+            link.ready(app.versions)
+            ready = await said()
+            assert isinstance(ready, Ready)
+            assert (ready.loaded[MODEL], ready.loaded[PROFILE]) == (app.gateway.inference.versions[-1], "")
+            admitted = [link.admitted]
+            supervisor.send(Listen())
+            await loop.run_in_executor(None, wait_until, lambda: link.admitted)
+            assert admitted == [False]
             first = app.gateway.inference
             supervisor.send(Prepare(1))
             prepared = await said()
             assert prepared.failure is None
             assert app.gateway.inference is first
             supervisor.send(Decide(1, commit=False))
-            assert await said() == Decided(1)
+            assert await said() == Decided(1, ready.loaded)
             supervisor.send(Prepare(2))
             prepared = await said()
             supervisor.send(Decide(2, commit=True))
-            assert await said() == Decided(2)
+            assert await said() == Decided(2, {**ready.loaded, MODEL: prepared.version})
             assert app.gateway.inference.versions[-1] == prepared.version != first.versions[-1]
             supervisor.send(Prepare(3))
             assert "StopIteration" in (await said()).failure

@@ -338,7 +338,8 @@ def numbers(port: int) -> dict[int, tuple[float, str]]:
 def test_all_workers_load_the_model_again_or_none_does(tmp_path: Path) -> None:
     """By a call to one of them, which says what happened, or by a signal; while one version fails, all keep theirs.
 
-    A worker that is started again, but with a model that fails its probe, takes nothing until there is a better one.
+    A worker that is started again, but with a model that fails its probe, takes nothing until there is a better one;
+    with another one than the others have, until they take that too.
     """
     (tmp_path / "number").write_text("1")
     with (
@@ -382,6 +383,15 @@ def test_all_workers_load_the_model_again_or_none_does(tmp_path: Path) -> None:
         (tmp_path / "number").write_text("3")
         wait_until(lambda: scraped(port, UP) == 2, 2 * TIMEOUT)
         assert {number for number, _ in numbers(port).values()} == {3.0}
+
+        (tmp_path / "number").write_text("4")
+        os.kill(next(iter(numbers(port))), signal.SIGKILL)
+        wait_until(lambda: scraped(port, 'guardserve_workers{state="held"}') == 1, 2 * TIMEOUT)
+        answers = [httpx.post(url, content=BODY, trust_env=False, timeout=TIMEOUT) for _ in range(20)]
+        assert {answer.json()["outputs"][0]["data"][0] for answer in answers} == {3.0}
+        supervisor.send_signal(signal.SIGHUP)
+        wait_until(lambda: scraped(port, UP) == 2, 2 * TIMEOUT)
+        assert {number for number, _ in numbers(port).values()} == {4.0}
 
 
 @pytest.mark.parametrize(("model", "says"), [("broken", "no such weights"), ("failing", "no forward")])
@@ -452,11 +462,14 @@ def test_counters_add_up_in_any_order_and_what_is_retained_goes_on_to_count(part
     pool = Pool()
     first, *others = parts
     pool.retain(Report(None, families(first, {"guardserve_queue_size": 3})))
-    merged = pool.families([Report(1, families(part, {})) for part in others], up=len(others), down=1, restarts=7)
+    merged = pool.families(
+        [Report(1, families(part, {})) for part in others], {"up": len(others), "held": 2, "down": 1}, restarts=7
+    )
     shown = values(merged)
     assert {key: shown[key] for key in expected} == expected
     assert ("guardserve_queue_size",) not in shown
     assert shown["guardserve_workers", "up"] == len(others)
+    assert shown["guardserve_workers", "held"] == 2
     assert shown["guardserve_workers", "down"] == 1
     assert shown["guardserve_worker_restarts_total",] == 7
 

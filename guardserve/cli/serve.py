@@ -74,7 +74,7 @@ def serve(model: str, **options: Any) -> None:
     if settings.workers > 1:
         _supervise(model, settings)
     else:
-        _run(settings, _application(model, settings))
+        _run(settings, _application(model, settings, ImportedCode()))
 
 
 def serve_in_worker(connection: Connection, sockets: list[socket.socket], model: str, settings: ServeSettings) -> None:
@@ -88,9 +88,10 @@ def serve_in_worker(connection: Connection, sockets: list[socket.socket], model:
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it reaches the supervisor, too, and is for that to pass on
     configure_logs(settings.log_level, settings.log_format)
-    link = Link(connection)
+    code = ImportedCode()
+    link = Link(connection, code)
     try:
-        app = _application(model, settings, link.reload)
+        app = _application(model, settings, code, link.reload)
         with _traced(settings, app) as served:
             server = WorkerServer(_config(settings, served), app, settings.drain_delay, link)
             server.run(sockets)
@@ -135,12 +136,13 @@ def _supervise(model: str, settings: ServeSettings) -> None:
     ).run()
 
 
-def _application(model: str, settings: ServeSettings, together: Together | None = None) -> Service:
+def _application(model: str, settings: ServeSettings, code: ImportedCode, together: Together | None = None) -> Service:
     """Load the model, and make the application that serves it, perhaps together with others."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     access = _access(settings)
     runtime = _runtime(settings, model)
+    code.remember()
     app = create_app(
         runtime,
         model_version=settings.model_version,
@@ -149,7 +151,7 @@ def _application(model: str, settings: ServeSettings, together: Together | None 
         on_nonfinite=settings.on_nonfinite,
         shift_policy=ShiftPolicy(settings.shift_policy, settings.shift_p_threshold),
         shutdown_timeout=settings.shutdown_timeout,
-        load=functools.partial(_again, settings, model, ImportedCode()),
+        load=functools.partial(_again, settings, model, code),
         together=together,
     )
     # what is there now stays: looking through all of torch for garbage again and again would hold requests up

@@ -74,7 +74,8 @@ class ImportedCode:
             if name not in self._sources and (digest := _digest(path)) is not None:
                 self._sources[name] = path, digest
         for name in _packages():
-            self._packages.setdefault(name, _installed(name))
+            if name not in self._packages:
+                self._packages[name] = _installed(name)
 
 
 def _sources() -> Iterator[tuple[str, Path]]:

@@ -20,21 +20,26 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from guardserve.exceptions import GuardserveError
+from guardserve.loading.imported import ImportedCode
 from guardserve.metrics import Metrics, pooled_families
 from guardserve.monitor import Seen
 from guardserve.service.versions import ReloadError, ReloadRunningError, Versions
 from guardserve.workers.families import replaced
 from guardserve.workers.messages import (
+    MODEL,
+    PROFILE,
     Collect,
     Decide,
     Decided,
     Failed,
     Hurry,
     Line,
+    Listen,
     Outcome,
     Pooled,
     Prepare,
     Prepared,
+    Ready,
     Reload,
     Report,
     Scrape,
@@ -55,10 +60,16 @@ class Link(Collector):
 
     Args:
         connection: The line to the supervisor.
+        code: What was imported to load the model.
+
+    Attributes:
+        admitted: Whether this worker may take connections.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, code: ImportedCode) -> None:
         self._line = Line(connection)
+        self._code = code
+        self.admitted = False
         self._tickets = itertools.count()
         self._scrapes: dict[int, Future[Pooled]] = {}
         self._reloads: dict[int, Future[Outcome]] = {}
@@ -77,14 +88,18 @@ class Link(Collector):
         threading.Thread(target=self._listen, args=(leave,), name="guardserve-link", daemon=True).start()
         threading.Thread(target=self._tell, name="guardserve-report", daemon=True).start()
 
-    def up(self, versions: Versions) -> None:
-        """Say that this worker takes connections; call it on the event loop.
+    def ready(self, versions: Versions) -> None:
+        """Say that this worker would take connections, and what it has loaded; call it on the event loop.
 
         Args:
             versions: Those of its model, which it loads again when it is told to.
         """
         self._versions = versions
         self._loop = asyncio.get_running_loop()
+        self._say(Ready(self._loaded()))
+
+    def up(self) -> None:
+        """Say that this worker takes connections."""
         self._metrics.begin_summaries()
         self._say(Up())
 
@@ -136,6 +151,15 @@ class Link(Collector):
         verdict = runtime.monitor.judge(seen, pooled.detection)
         yield from replaced(pooled.families, list(pooled_families(runtime.name, verdict)))
 
+    def _loaded(self) -> dict[str, str]:
+        """Return what a worker that loads the same files as this one would have, too."""
+        profile = self._versions.current.runtime.monitor.reference
+        return {
+            **self._code.known,
+            MODEL: self._versions.current.versions[-1],
+            PROFILE: "" if profile is None else profile.digest,
+        }
+
     def _say(self, message: Upward) -> None:
         try:
             self._line.send(message)
@@ -157,6 +181,8 @@ class Link(Collector):
         """Take a message; what takes long or may have to wait is done elsewhere."""
         if isinstance(message, Collect):
             self._answers.put(functools.partial(self._report, message))
+        elif isinstance(message, Listen):
+            self.admitted = True
         elif isinstance(message, Hurry):
             leave()
         elif isinstance(message, Pooled) and (waiting := self._scrapes.get(message.ticket)) is not None:
@@ -186,7 +212,8 @@ class Link(Collector):
                 self._versions.commit()
         except Exception:  # noqa: BLE001 - the others wait for an answer
             _log.exception("this worker could not let the new version of its model answer")
-        self._answers.put(lambda: Decided(message.number))
+        decided = Decided(message.number, self._loaded())
+        self._answers.put(lambda: decided)
         await self._versions.abandon()
 
     def _tell(self) -> None:

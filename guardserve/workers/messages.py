@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import pickle  # nosec B403
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
 from guardserve.monitor import Detection, Seen, Summary
 from guardserve.workers.families import Families
+
+MODEL = "the model"
+"""What stands in :attr:`Ready.loaded` for the model's weights and structure."""
+
+PROFILE = "the reference profile"
+"""What stands there for the profile."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model of a worker has passed its probe; the worker takes connections when it is told to.
+
+    Attributes:
+        loaded: What the worker runs, part by part: the model, the profile, and the code that was imported for them.
+    """
+
+    loaded: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Listen:
+    """A worker is to take connections."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +176,11 @@ class Decided:
 
     Attributes:
         number: That of the :class:`Decide`.
+        loaded: What it runs now: see :class:`Ready`.
     """
 
     number: int
+    loaded: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -174,10 +198,10 @@ class Outcome:
     running: bool = False
 
 
-Upward: TypeAlias = Up | Failed | Report | Scrape | Reload | Prepared | Decided
+Upward: TypeAlias = Ready | Up | Failed | Report | Scrape | Reload | Prepared | Decided
 """What a worker says."""
 
-Downward: TypeAlias = Collect | Pooled | Hurry | Prepare | Decide | Outcome
+Downward: TypeAlias = Listen | Collect | Pooled | Hurry | Prepare | Decide | Outcome
 """What the supervisor says."""
 
 

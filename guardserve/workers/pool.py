@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,20 +83,19 @@ class Pool:
             else:
                 detector.judge_summary(summary)
 
-    def families(self, reports: Iterable[Report], *, up: int, down: int, restarts: int) -> Families:
+    def families(self, reports: Iterable[Report], states: Mapping[str, int], restarts: int) -> Families:
         """Make one exposition of reports, of what was retained, and of this process.
 
         Args:
             reports: The last one of each worker.
-            up: Workers that take connections.
-            down: Workers that do not.
+            states: How many workers are in each of :data:`guardserve.metrics.WORKER_STATES`.
             restarts: Workers that were started again so far.
         """
         pooled = merge([self._retained, list(self._own.collect()), *(report.families for report in reports)])
         for family in pooled:
             if family.name == SAVE_FAILURES:
                 family.samples = [one._replace(value=one.value + self._failures) for one in family.samples]
-        return replaced(pooled, list(worker_families(up, down, restarts)))
+        return replaced(pooled, list(worker_families(states, restarts)))
 
     def since(self, reports: Iterable[Report]) -> float:
         """Return when the recent window of all workers together begins, by the parts of theirs that they told."""

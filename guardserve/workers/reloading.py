@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from guardserve.service.versions import LOAD_TIMEOUT
-from guardserve.workers.messages import Decide, Decided, Outcome, Prepare, Prepared
+from guardserve.workers.messages import MODEL, Decide, Decided, Outcome, Prepare, Prepared
 from guardserve.workers.worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -23,7 +23,8 @@ class Reloading:
 
     First each loads and probes the new version beside the old one, and says so. When all have the same one, each is
     told to let it answer; if one of them has not, or ends meanwhile, each is told to drop it. A worker that is
-    starting may have begun before the files were changed: it is told when it takes connections.
+    starting may have begun before the files were changed: it is told when it is ready. One that was held back starts
+    anew: its code may be another than what the files hold now.
 
     Args:
         workers: All of them, also those that do not take connections now.
@@ -44,9 +45,14 @@ class Reloading:
         self._asker: tuple[Worker, int] | None = None
         self.ends_by: float | None = None
 
+    @property
+    def running(self) -> bool:
+        """Whether workers are loading their model again."""
+        return self._step != "none"
+
     def begin(self, asker: tuple[Worker, int] | None = None) -> None:
         """Begin, for a worker that was asked to, with its ticket, or for a signal."""
-        if self._step != "none":
+        if self.running:
             text = "the model is being loaded already: ask again when that is over"
             if asker is None:
                 _log.warning("SIGHUP: %s", text)
@@ -55,8 +61,10 @@ class Reloading:
             return
         self._committed = None
         for worker in self._workers:
-            worker.outdated = worker.process is not None and not worker.up
-        self._ask([worker for worker in self._workers if worker.up], asker)
+            if worker.held:
+                worker.renew()
+            worker.outdated = worker.process is not None and not (worker.admitted or worker.held)
+        self._ask([worker for worker in self._workers if worker.admitted], asker)
 
     def hear(self, worker: Worker, message: Prepared | Decided) -> None:
         """Take a worker's answer."""
@@ -67,6 +75,8 @@ class Reloading:
             if isinstance(message, Prepared):
                 self._fail(message.failure)
                 self._versions.add(message.version)
+            else:
+                worker.loaded = message.loaded
             self.go_on()
 
     def lose(self, worker: Worker) -> None:
@@ -94,7 +104,8 @@ class Reloading:
             self._tell("decide", Decide(self._number, commit=self._failure is None))
         if self._step == "decide" and not self._waiting:
             self._end()
-        if self._step == "none" and (late := [worker for worker in self._workers if worker.outdated and worker.up]):
+        late = [worker for worker in self._workers if worker.outdated and worker.loaded is not None]
+        if late and not self.running:
             for worker in late:
                 worker.outdated = False
             self._ask(late, None)
@@ -119,6 +130,9 @@ class Reloading:
         if self._failure is None:
             _log.warning("%d workers have loaded their model again", len(self._taking_part))
             self._committed = next(iter(self._versions), None)
+            for worker in self._taking_part:
+                if worker.loaded is not None and worker.loaded[MODEL] != self._committed:
+                    worker.end("could not let the new version answer")
         else:
             for worker in self._workers:  # those that were starting must not be the only ones
                 worker.outdated = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from guardserve.workers.messages import Collect, Pooled, Report
@@ -108,8 +109,8 @@ class Rounds:
     def _answer(self, waiting: Sequence[tuple[Worker, int]], reports: Sequence[Report]) -> None:
         if not waiting:
             return
-        up = sum(worker.up for worker in self._workers)
-        families = self._pool.families(reports, up=up, down=len(self._workers) - up, restarts=self._restarts())
+        states = Counter("up" if worker.up else "held" if worker.held else "down" for worker in self._workers)
+        families = self._pool.families(reports, states, restarts=self._restarts())
         detection = self._pool.detection
         for worker, ticket in waiting:
             version = "" if worker.report is None else worker.report.version

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
@@ -19,7 +20,8 @@ from guardserve.workers.link import Link
 class WorkerServer(Server):
     """Takes connections once its model has passed its start-up probe, lest it refuse what another worker could answer.
 
-    It drains on SIGTERM, and when its supervisor is gone.
+    Then it waits until its supervisor lets it, lest clients be answered by two versions of the model in turn. It drains
+    on SIGTERM, and when its supervisor is gone.
 
     Args:
         config: uvicorn's configuration.
@@ -50,19 +52,16 @@ class WorkerServer(Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the model, then listen."""
         await super().startup([])
-        while self._metrics.runtime.failure == UNPROBED and not self.should_exit:  # noqa: ASYNC110 - a thread's doing
-            await asyncio.sleep(POLL)
+        await self._until(lambda: self._metrics.runtime.failure != UNPROBED)
         if not self.should_exit:
             self._failure = self._metrics.runtime.failure
-        if self.should_exit or self._failure is not None:
-            self.should_exit = True
-            return
-        loop = asyncio.get_running_loop()
-        for sock in sockets or ():
-            self.servers.append(
-                await loop.create_server(self._protocol, sock=sock, ssl=self.config.ssl, backlog=self.config.backlog)
-            )
-        self._link.up(self._versions)
+            self.should_exit = self._failure is not None
+        if not self.should_exit:
+            self._link.ready(self._versions)
+            await self._until(lambda: self._link.admitted)
+        if not self.should_exit:
+            await self._listen(sockets or ())
+            self._link.up()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain.
@@ -72,6 +71,18 @@ class WorkerServer(Server):
         """
         if sig != signal.SIGINT and not self._life.draining:
             super().handle_exit(sig, frame)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what a thread does, or for a signal."""
+        while not condition() and not self.should_exit:  # noqa: ASYNC110 - a thread's doing
+            await asyncio.sleep(POLL)
+
+    async def _listen(self, sockets: Sequence[socket.socket]) -> None:
+        loop = asyncio.get_running_loop()
+        for sock in sockets:
+            self.servers.append(
+                await loop.create_server(self._protocol, sock=sock, ssl=self.config.ssl, backlog=self.config.backlog)
+            )
 
     def _told(self) -> None:
         """Drain, as the supervisor has gone, or wait for nobody new, as it says so."""

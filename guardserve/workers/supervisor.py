@@ -19,7 +19,8 @@ from types import FrameType
 from typing import Any
 
 from guardserve.exceptions import GuardserveError
-from guardserve.workers.messages import Decided, Failed, Hurry, Line, Prepared, Reload, Report, Scrape, Up
+from guardserve.workers.admission import Admission
+from guardserve.workers.messages import Decided, Failed, Hurry, Line, Prepared, Ready, Reload, Report, Scrape, Up
 from guardserve.workers.pool import Pool
 from guardserve.workers.reloading import Reloading
 from guardserve.workers.rounds import Rounds
@@ -91,6 +92,7 @@ class Supervisor:
         self._was_up = False
         self._next_save = 0.0
         self._reloading = Reloading(self._workers)
+        self._admission = Admission(self._workers, self._reloading)
         self._rounds = Rounds(self._workers, pool, lambda: self._restarts)
         self._stand_in = stand_in
 
@@ -150,6 +152,7 @@ class Supervisor:
             self._next_save = now + SAVE_INTERVAL
             self._pool.save()
         self._rounds.in_time(now)
+        self._admission.go_on()
         self._have_answered()
 
     def _have_answered(self) -> None:
@@ -275,7 +278,10 @@ class Supervisor:
         self._take(worker, message)
 
     def _take(self, worker: Worker, message: object) -> None:
-        if isinstance(message, Up):
+        if isinstance(message, Ready):
+            worker.loaded = message.loaded
+            self._reloading.go_on()
+        elif isinstance(message, Up):
             self._is_up(worker)
         elif isinstance(message, Failed):
             worker.reason = message.reason
@@ -293,7 +299,6 @@ class Supervisor:
         worker.up_since = time.monotonic()
         self._was_up, self._failed_starts = True, 0
         _log.info("worker %d takes connections (process %s)", worker.number, worker.pid)
-        self._reloading.go_on()
 
     def _bury(self, worker: Worker) -> None:
         """Keep what an ended worker had counted, and see whether it is to be started again."""
@@ -304,15 +309,17 @@ class Supervisor:
             self._hear(worker)
         if worker.report is not None:
             self._pool.retain(worker.report)
-        status, age = process.exitcode, worker.age
+        status, age, renewed = process.exitcode, worker.age, worker.renewed
         worker.forget()
         self._rounds.lose(worker)
         self._reloading.lose(worker)
         process.close()
         if self._ends_by is not None:
             worker.lost = worker.lost or (age is not None and status != 0)
-            return
-        self._put_off(worker, status, age)
+        elif renewed:
+            worker.starts_at = time.monotonic()
+        else:
+            self._put_off(worker, status, age)
 
     def _put_off(self, worker: Worker, status: int | None, age: float | None) -> None:
         """Have a worker started again after a while."""

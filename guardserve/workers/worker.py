@@ -7,6 +7,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
@@ -39,6 +40,10 @@ class Worker:
         self.reason: str | None = None
         self.lost = False
         self.outdated = False
+        self.loaded: Mapping[str, str] | None = None
+        self.admitted = False
+        self.held = False
+        self.renewed = False
 
     @property
     def up(self) -> bool:
@@ -78,6 +83,12 @@ class Worker:
             _log.error("worker %d %s: it is killed", self.number, reason)
             self.process.kill()
 
+    def renew(self) -> None:
+        """End the process, which has not answered anybody, to have another load what the files hold now."""
+        if self.process is not None:
+            self.renewed = True
+            self.process.kill()
+
     def hang_up(self) -> None:
         """Close the line."""
         if self.line is not None:
@@ -88,7 +99,9 @@ class Worker:
         """Forget a process that has ended."""
         self.hang_up()
         self.process = self.report = self.up_since = self.silent_since = None
-        self.asked, self.outdated = 0, False
+        self.loaded = None
+        self.asked = 0
+        self.outdated = self.admitted = self.held = self.renewed = False
 
 
 def limit(connection: Connection) -> None:

@@ -1,0 +1,70 @@
+"""Which workers may take connections: never two that answer differently."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Sequence
+
+from guardserve.workers.messages import MODEL, PROFILE, Listen
+from guardserve.workers.reloading import Reloading
+from guardserve.workers.worker import Worker
+
+_log = logging.getLogger(__name__)
+
+
+class Admission:
+    """Lets those workers take connections that have loaded what the others have.
+
+    A worker that is started again loads what the files hold then. If they were changed and nobody has had the workers
+    load them again, it would answer otherwise than its mates, and clients would get the one's or the other's answer by
+    chance. It is held back, ready, until all load the new files, or none that has the old ones is left.
+
+    Args:
+        workers: All of them.
+        reloading: Nobody is let in while the others may be about to change.
+    """
+
+    def __init__(self, workers: Sequence[Worker], reloading: Reloading) -> None:
+        self._workers = workers
+        self._reloading = reloading
+
+    def go_on(self) -> None:
+        """Decide about those that are ready."""
+        if self._reloading.running:
+            return
+        for worker in self._workers:
+            if worker.loaded is not None and not (worker.admitted or worker.renewed):
+                self._decide(worker)
+
+    def _decide(self, worker: Worker) -> None:
+        mate = next((other for other in self._workers if other.admitted), None)
+        differing = {} if mate is None else _differing(worker, mate)
+        if not differing:
+            if worker.held:
+                _log.warning("worker %d answers: no worker that has loaded anything else is left", worker.number)
+            worker.admitted, worker.held = worker.tell(Listen()), False
+        elif not worker.held:
+            worker.held = True
+            _log.error(
+                "worker %d is ready, but held back from answering, as it has not loaded the same as the others: %s; "
+                "the files have changed, or give something else each time. %s to process %d",
+                worker.number,
+                ", ".join(differing.values()),
+                _remedy(differing),
+                os.getpid(),
+                extra={"event": "worker", "worker": worker.number},
+            )
+
+
+def _differing(worker: Worker, mate: Worker) -> dict[str, str]:
+    """Return what two workers have both loaded, but not alike, in words; code that only one has imported may wait."""
+    mine, others = worker.loaded or {}, mate.loaded or {}
+    differing = sorted(part for part in mine.keys() & others.keys() if mine[part] != others[part])
+    return {part: f"{part} ({mine[part]}, not {others[part]})" if part == MODEL else part for part in differing}
+
+
+def _remedy(differing: Collection[str]) -> str:
+    if {MODEL, PROFILE}.issuperset(differing):
+        return "To have all workers take the new files, or the old ones once they are back, send SIGHUP"
+    return "No reload imports code again: start the server again, or put the old code back and send SIGHUP"
