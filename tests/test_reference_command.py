@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from guardserve.cli import main
 from guardserve.demo.digits import SHIFTS, Digits, load_digits
+from guardserve.detection.calibration import RunLength
 from guardserve.exceptions import MissingExtraError, ReferenceMismatchError, ReferenceProfileError
 from guardserve.loading import load_model
 from guardserve.loading.arrays import load_batches
@@ -59,7 +60,7 @@ def test_the_report_tells_count_target_measurement_and_what_the_data_carry(made:
     measured = re.search(r"measured +one in ([\d,]+) on samples that took no part\s+\(95 % interval ([\d,]+) to", text)
     assert measured, text
     assert int(measured[2].replace(",", "")) < int(measured[1].replace(",", ""))
-    assert "451 samples carry one in 4,510 at most: for this target give 1000" in text
+    assert "a reference of 451 samples carries (4510): give at least 1000 samples" in text
 
 
 def test_the_server_judges_requests_by_the_profile(made: tuple[Path, str], digits: Digits) -> None:
@@ -177,6 +178,22 @@ def test_a_batch_without_a_finite_sample_is_left_out(tmp_path: Path, digits: Dig
     assert status == 0, text
     assert "left out    96 samples with NaN or infinity" in text
     assert ReferenceProfile.load(out).samples == len(images) - 96
+
+
+def test_the_report_tells_of_repeats_and_of_a_run_length_far_off(
+    tmp_path: Path, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image twice: half of them count, and the report says so; and how far the measurement is from the target."""
+    np.save(tmp_path / "clean.npy", np.concatenate([digits.reference.images.numpy()[:300]] * 2))
+    monkeypatch.setattr("guardserve.detection.reference.measure", lambda *_, **__: RunLength(20, 10, 40))
+    status, text = run(
+        "reference", "demo", "--data", tmp_path / "clean.npy", "--out", tmp_path / "p", "--target-arl", "100"
+    )
+    assert status == 0, text
+    assert "p: 300 samples, 5 BatchNorm layers" in text
+    assert "left out    300 repeats: 300 samples are distinct" in text
+    assert "warning     of 600 samples 300 are distinct" in text
+    assert "warning     samples that took no part gave one false alarm in 20 (10 to 40), where 100 was asked" in text
 
 
 def test_samples_that_do_not_differ_give_no_profile(tmp_path: Path, digits: Digits) -> None:

@@ -13,7 +13,6 @@ from rich.progress import Progress
 
 from guardserve.cli.options import Command, given, load, loading_options
 from guardserve.detection.files import writable
-from guardserve.detection.reference import CARRIED
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.loading import LoadedModel
 from guardserve.loading.arrays import ArrayBatches, load_batches
@@ -130,9 +129,7 @@ def _report(profile: ReferenceProfile, path: Path) -> str:
     ]
     if profile.nonfinite_samples:
         lines.append(f"left out    {profile.nonfinite_samples} samples with NaN or infinity")
-    if profile.target_arl > profile.supported_arl:
-        lines.append(
-            f"[bold yellow]warning[/bold yellow]     {profile.samples} samples carry one in "
-            f"{profile.supported_arl:,.0f} at most: for this target give {math.ceil(profile.target_arl / CARRIED)}"
-        )
+    if profile.repeated_samples:
+        lines.append(f"left out    {profile.repeated_samples} repeats: {profile.distinct_samples} samples are distinct")
+    lines += [f"[bold yellow]warning[/bold yellow]     {caution}" for caution in profile.cautions(profile.target_arl)]
     return "\n".join(lines)

@@ -13,9 +13,11 @@ from torch import nn
 
 from guardserve.batchnorm import ObservationPoint
 from guardserve.detection.encoding import Sketch
+from guardserve.detection.repeats import without_repeats
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.modes import EvalHold
 from guardserve.observation.features import Array, FeatureReader, execution_order
+from guardserve.observation.keys import Keys
 from guardserve.observation.reading import VALUES
 from guardserve.observation.record import Record
 from guardserve.observation.taps import Taps
@@ -37,6 +39,8 @@ class ReferenceData:
         fitting: Sketches of the samples to fit with, shape ``(N, layers, width)``.
         held_out: Those of the samples to measure with: random ones, or the last of a sequence.
         nonfinite_samples: Samples that were left out for NaN or infinity.
+        repeated_samples: Samples that were left out as they had been there before: see :func:`without_repeats`.
+        distinct_samples: Number of different samples among the others.
         ordered: Whether the samples are a sequence, each depending on those before it.
         values: Values that were read of each sample at each layer, about; None is all.
     """
@@ -46,6 +50,8 @@ class ReferenceData:
     fitting: Array
     held_out: Array
     nonfinite_samples: int
+    repeated_samples: int
+    distinct_samples: int
     ordered: bool = False
     values: int | None = None
 
@@ -85,6 +91,7 @@ class Collector:
         self._values: int | None = None
         self._sketch: Sketch | None = None
         self._waiting: list[Array] = []
+        self._keys: list[Keys] = []
         self._sketches: list[Array] = []
         self._held_out: list[npt.NDArray[np.bool_]] = []
 
@@ -104,6 +111,8 @@ class Collector:
         room = len(features) if self._limit is None else self._limit - self.samples
         kept = features[finite][:room]
         self.nonfinite += len(features) - int(finite.sum())
+        unknown = np.arange(self.samples, self.samples + len(kept), dtype=np.uint64)  # taken for unlike any other
+        self._keys.append(unknown if record.keys is None else record.keys[finite][:room])
         self.samples += len(kept)
         self._waiting.append(kept)
         self._held_out.append(self._rng.random(len(kept)) < HELD_OUT)
@@ -126,27 +135,35 @@ class Collector:
             raise ReferenceProfileError(
                 f"the reference has {self.samples} finite samples: give at least 100, better 1000 or more"
             )
-        sketches, chosen = np.concatenate(self._sketches), np.concatenate(self._held_out)
-        if self._ordered:
-            chosen = np.arange(len(sketches)) >= (1 - HELD_OUT) * len(sketches)
+        once, held_out = self._parts()
+        sketches = np.concatenate(self._sketches)[once]
         return ReferenceData(
             self.points,
             self._sketch,
-            sketches[~chosen],
-            sketches[chosen],
+            sketches[~held_out],
+            sketches[held_out],
             self.nonfinite,
+            self.samples - len(sketches),
+            len(np.unique(np.concatenate(self._keys))),
             self._ordered,
             self._values,
         )
 
+    def _parts(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Tell which samples so far to keep, and which of those to hold out."""
+        once = without_repeats(np.concatenate(self._keys), ordered=self._ordered)
+        if self._ordered:  # the last quarter of all samples is none of the first three quarters of the first ones
+            count = int(once.sum())
+            return once, np.arange(count) >= (1 - HELD_OUT) * count
+        return once, np.concatenate(self._held_out)[once]
+
     def _shorten(self, channels: tuple[int, ...]) -> None:
         if self._sketch is None:
-            features, chosen = np.concatenate(self._waiting), np.concatenate(self._held_out)
-            if self._ordered:  # the last quarter of all samples is none of the first three quarters of these
-                chosen = np.arange(len(features)) >= (1 - HELD_OUT) * len(features)
-            if chosen.all():
+            once, held_out = self._parts()
+            if held_out.all():
                 return
-            self._sketch = Sketch.fit(features[~chosen], channels, self._width, self._rng)
+            features = np.concatenate(self._waiting)[once]
+            self._sketch = Sketch.fit(features[~held_out], channels, self._width, self._rng)
         self._sketches += [self._sketch.project(self._sketch.standardise(part)) for part in self._waiting]
         self._waiting.clear()
 
@@ -168,6 +185,7 @@ def collect(
     hold = EvalHold(model)
     hold.acquire()
     taps = Taps(model, records.append, values)
+    taps.keyed = True
     try:
         if not taps.points:
             raise ReferenceProfileError("the model has no BatchNorm layer with running statistics to observe")

@@ -26,6 +26,7 @@ from guardserve.detection.calibration import (
     find_thresholds,
     measure,
 )
+from guardserve.detection.cautions import CARRIED, cautions
 from guardserve.detection.chart import Levels
 from guardserve.detection.collection import Collector, ReferenceData, collect
 from guardserve.detection.encoding import Sketch, Whitening, lengths
@@ -39,9 +40,6 @@ MIN_SAMPLES = 100
 
 WIDTH = 128
 """Most dimensions that a layer is sketched to."""
-
-CARRIED = 10
-"""A profile of N samples carries a target of this many times N samples between false alarms."""
 
 VECTORS = 3000
 """Vectors that thresholds are found with, or more: fewer samples are shared out among folds several times."""
@@ -65,7 +63,9 @@ class ReferenceProfile:
         layers: Qualified names of the BatchNorm layers, in execution order.
         fingerprint: Hash of their running statistics and affine parameters.
         samples: Number of samples that it was made from.
+        distinct_samples: Number of different ones among them.
         nonfinite_samples: Samples that were left out for NaN or infinity, beside those.
+        repeated_samples: Samples that were left out as they had been there before.
         target_arl: The average run length that :attr:`measured_arl` was measured for.
         measured_arl: Average run length on held-out samples, with its 95 % confidence interval.
         sketch: From features to short vectors.
@@ -81,7 +81,9 @@ class ReferenceProfile:
     layers: tuple[str, ...]
     fingerprint: str
     samples: int
+    distinct_samples: int
     nonfinite_samples: int
+    repeated_samples: int
     target_arl: float
     measured_arl: RunLength
     sketch: Sketch
@@ -131,7 +133,7 @@ class ReferenceProfile:
         collector = Collector(width, rng, ordered=ordered)
         data = collect(model, loader, collector, lambda samples: progress("reading", samples), values)
         profile = cls.of_data(data, target_arl=target_arl, rng=rng, progress=progress)
-        profile.warn_if_too_small(target_arl)
+        profile.warn(target_arl)
         return profile
 
     @classmethod
@@ -144,14 +146,20 @@ class ReferenceProfile:
         progress: Callable[[str, int], object] = lambda _stage, _samples: None,
     ) -> ReferenceProfile:
         """Make a profile from what was collected; the arguments are those of :meth:`fit`."""
-        if data.samples < MIN_SAMPLES:
+        taken = data.samples + data.repeated_samples
+        if taken < MIN_SAMPLES:
             raise ReferenceProfileError(
-                f"the reference has {data.samples} finite samples: give at least {MIN_SAMPLES}, better 1000 or more"
+                f"the reference has {taken} finite samples: give at least {MIN_SAMPLES}, better 1000 or more"
             )
         if not data.sketch.varies:
             raise ReferenceProfileError(
-                f"the reference's {data.samples} samples do not differ in any layer, so nothing is known of how far "
+                f"the reference's {taken} samples do not differ in any layer, so nothing is known of how far "
                 "clean ones do: give samples as various as those in production"
+            )
+        if data.distinct_samples < MIN_SAMPLES:
+            raise ReferenceProfileError(
+                f"of the reference's {taken} finite samples only {data.distinct_samples} are distinct: give at least "
+                f"{MIN_SAMPLES} different ones, better 1000 or more; repeats say nothing new of clean data"
             )
         progress("calibrating", data.samples)
         data = data.narrowed(_width(len(data.fitting), data.sketch.width))
@@ -178,7 +186,9 @@ class ReferenceProfile:
             layers=tuple(point.name for point in data.points),
             fingerprint=fingerprint(data.points),
             samples=data.samples,
+            distinct_samples=data.distinct_samples,
             nonfinite_samples=data.nonfinite_samples,
+            repeated_samples=data.repeated_samples,
             target_arl=float(target_arl),
             measured_arl=measured_arl,
             sketch=data.sketch,
@@ -193,22 +203,24 @@ class ReferenceProfile:
     @property
     def supported_arl(self) -> float:
         """The longest average run length that the number of samples carries."""
-        return min(float(CARRIED * self.samples), float(ARLS[-1]))
+        return min(float(CARRIED * self.distinct_samples), float(ARLS[-1]))
 
     def threshold(self, target_arl: float) -> npt.NDArray[np.float64]:
         """Return the evidence, one for each chart, that clean data exceed once in ``target_arl`` samples on average."""
         check_target(target_arl)
         return thresholds_at(self.thresholds, target_arl)
 
-    def warn_if_too_small(self, target_arl: float) -> None:
-        """Warn when the profile cannot carry a target."""
-        if target_arl > self.supported_arl:
-            warnings.warn(
-                f"target_arl={target_arl:g} is more than a reference of {self.samples} samples carries "
-                f"({self.supported_arl:g}): give at least {math.ceil(target_arl / CARRIED)} samples",
-                ReferenceWarning,
-                stacklevel=3,
-            )
+    def cautions(self, target_arl: float) -> list[str]:
+        """Say what speaks against using the profile for a target, one sentence each.
+
+        It has too few samples, they were repeated, or the measured run length is far from what it was asked for.
+        """
+        return cautions(self, target_arl)
+
+    def warn(self, target_arl: float) -> None:
+        """Warn of what :meth:`cautions` says, if anything."""
+        if found := self.cautions(target_arl):
+            warnings.warn("; ".join(found), ReferenceWarning, stacklevel=3)
 
     def check(self, points: Iterable[ObservationPoint]) -> None:
         """Refuse a model that the profile was not made with.
@@ -271,7 +283,9 @@ class ReferenceProfile:
             "channels": list(self.sketch.channels),
             "fingerprint": self.fingerprint,
             "samples": self.samples,
+            "distinct_samples": self.distinct_samples,
             "nonfinite_samples": self.nonfinite_samples,
+            "repeated_samples": self.repeated_samples,
             "target_arl": self.target_arl,
             "measured_arl": [self.measured_arl.mean, self.measured_arl.low, self.measured_arl.high],
             "ordered": self.ordered,
@@ -304,7 +318,9 @@ class ReferenceProfile:
             layers=tuple(facts["layers"]),
             fingerprint=facts["fingerprint"],
             samples=facts["samples"],
+            distinct_samples=facts.get("distinct_samples", facts["samples"]),
             nonfinite_samples=facts["nonfinite_samples"],
+            repeated_samples=facts.get("repeated_samples", 0),  # nobody looked
             target_arl=facts["target_arl"],
             measured_arl=RunLength(*facts["measured_arl"]),
             sketch=Sketch(channels, arrays["mean"].shape[1], arrays["centre"], arrays["scale"]),

@@ -137,6 +137,7 @@ class Monitor:
         if reference is not None:
             try:
                 self._refer_to(reference, target_arl)
+                reference.warn(target_arl)
             except BaseException:
                 self.close()
                 raise
@@ -200,6 +201,7 @@ class Monitor:
             self._accumulate()
             self._budget = Budget(self._taps, None)
             self._lesson = lesson
+            self._taps.keyed = True
 
     def save_state(self, path: str | PathLike[str]) -> None:
         """Judge what is pending and write what the detector remembers, whole or not at all.
@@ -418,7 +420,6 @@ class Monitor:
         order = [index[name] for name in reference.layers]
         reader = FeatureReader([self._taps.points[i] for i in order], order)
         detector = Detector(reference, target_arl)
-        reference.warn_if_too_small(target_arl)
         with self._lock:
             self._reader, self._detector, self._lesson = reader, detector, None
 
@@ -430,6 +431,12 @@ class Monitor:
         try:
             reference = future.result()
             self._refer_to(reference, lesson.target_arl)
+            for caution in reference.cautions(lesson.target_arl):
+                _log.warning("the reference profile made of the first samples: %s", caution)
+        except ReferenceProfileError as error:
+            _log.warning("no reference profile could be made of the first samples, and it goes on without: %s", error)
+            with self._lock:
+                self._lesson = None
         except Exception:  # noqa: BLE001 - whatever it is, the model is served on
             _log.exception("no reference profile could be made of the first samples: it goes on without")
             with self._lock:
@@ -538,6 +545,7 @@ class _Lesson:
     def take(self, taps: Taps, batch: list[Record], done: Callable[[Future[ReferenceProfile]], object]) -> None:
         """Take what forwards showed, and make the profile once that is enough."""
         if self._traffic is not None and self._traffic.take(taps.points, batch):
+            taps.keyed = False
             self._traffic.fit_in_background(done)
             self._traffic = None
 

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from guardserve.observation.keys import Keys
 from guardserve.observation.reading import Reading, Rows, Scratch, side_by_side
 from guardserve.observation.workspace import Layout, Place, Sheet, Slot
 
@@ -29,6 +30,7 @@ class Record:
         slots: Where layers write down what they show; None for one that makes a reading.
         taken: How many did.
         sheet: What has these slots.
+        keys: What tells its samples apart, if somebody learns from them.
         key: What a workspace is to be kept by that this forward shows the need of.
         places: Where it read, to lay that out.
         scratch: What holds the readings until the forward is over.
@@ -38,6 +40,7 @@ class Record:
         "_rows",
         "bundle",
         "key",
+        "keys",
         "places",
         "readings",
         "ready",
@@ -63,6 +66,7 @@ class Record:
         self.taken = 0
         self.scratch: Scratch | None = None
         self.key: tuple[torch.Size, int | None, bool] | None = None
+        self.keys: Keys | None = None
         self.places: list[Place] = []
         self.bundle: Layout | None = None
         self.ready: torch.cuda.Event | None = None

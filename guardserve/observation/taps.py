@@ -31,6 +31,7 @@ from guardserve.observation.compiled import (
     read_in_graph,
     uncompiled,
 )
+from guardserve.observation.keys import sample_keys
 from guardserve.observation.reading import VALUES, Plan, Reading, Scratch, plan_for, read
 from guardserve.observation.record import Record
 from guardserve.observation.workspace import Place, Sheets, Slot, Workspace, fits
@@ -126,11 +127,13 @@ class Taps:
     Attributes:
         points: The observation points, in registration order; a reading refers to one by index.
         values: See above.
+        keyed: Whether records say what tells their samples apart, which costs a hash of the input.
     """
 
     def __init__(self, model: nn.Module, emit: Callable[[Record], None], values: int | None = VALUES) -> None:
         self.points: list[ObservationPoint] = []
         self.values = values
+        self.keyed = False
         self._unobserved: dict[str, str] = {}
         self._emit = emit
         self._open = _Open()
@@ -261,6 +264,8 @@ class Taps:
         else:
             shape, values = first.shape, self.values
             record = Record(shape[0], turn, values, self._no_slots)
+            if self.keyed:
+                record.keys = sample_keys((tensor for _, tensor in named_tensors((args, kwargs))), shape[0])
             key = shape, values, first.is_cpu
             workspace = self._workspaces.get(key)
             if workspace is not None:

@@ -44,7 +44,7 @@ def fitted(samples: Array, ordered: bool) -> ReferenceProfile:
     size, features = len(samples), 2 * LAYERS * CHANNELS
     sketch = Sketch((CHANNELS,) * LAYERS, 2 * CHANNELS, np.zeros(features, np.float32), np.ones(features, np.float32))
     points, held_out = list(observation_points(model)), 3 * size // 4
-    data = ReferenceData(points, sketch, samples[:held_out], samples[held_out:], 0, ordered)
+    data = ReferenceData(points, sketch, samples[:held_out], samples[held_out:], 0, 0, len(samples), ordered)
     return ReferenceProfile.of_data(data, target_arl=TARGET, rng=np.random.default_rng(0))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 
 from guardserve import Monitor, ReferenceMismatchError, ReferenceProfile, ReferenceProfileError, ReferenceWarning
 from guardserve.demo.digits import noisy
+from guardserve.detection.calibration import RunLength
 from guardserve.detection.encoding import Sketch, Whitening, ledoit_wolf
 from guardserve.fusion import fuse
 
@@ -63,6 +65,35 @@ def test_few_samples_are_met_with_prudence_and_a_warning(model: nn.Module, clean
         pass
 
     assert alarms(model.eval(), small, clean(20_000, seed=4), 1000) <= 40
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        (RunLength(300, 200, 450), "one false alarm in 300 (200 to 450), where 1000 was asked for: false alarms will"),
+        (RunLength(9000, 4000, 20_000), "one false alarm in 9000 (4000 to 20000), where 1000 was asked for: weak"),
+        (RunLength(600, 450, 800), ""),
+        (RunLength(2000, 1500, 2600), ""),
+        (RunLength(300, 80, 1200), ""),
+        (RunLength(9000, 900, 90_000), ""),
+    ],
+)
+def test_a_measured_run_length_far_from_the_target_is_told_of(
+    model: nn.Module, profile: ReferenceProfile, measured: RunLength, said: str
+) -> None:
+    """Only where the interval leaves the target out, and it is out of the band that is promised."""
+    found = replace(profile, measured_arl=measured)
+    assert [said in caution for caution in found.cautions(1000)] == [True] * bool(said)
+    if said:
+        with pytest.warns(ReferenceWarning, match=re.escape(said)), Monitor(model, reference=found):
+            pass
+
+
+def test_heavy_tails_are_told_of(model: nn.Module, clean: Sampler) -> None:
+    """Samples divided by the cube of a uniform number, some a million times as bright, hide what thresholds are for."""
+    samples = clean(1000, seed=64) / torch.rand(1000, 1, 1, 1, generator=torch.Generator().manual_seed(1)) ** 3
+    with pytest.warns(ReferenceWarning, match="weak shifts will be seen late or not at all"):
+        ReferenceProfile.fit(model, torch.split(samples, 100), target_arl=10_000)
 
 
 def test_a_saved_profile_is_the_same_profile(
