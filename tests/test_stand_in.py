@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -102,6 +102,21 @@ def test_who_has_not_said_all_has_an_answer_when_it_ends(caplog: pytest.LogCaptu
             stand_in.close()
             assert client.recv(13) == b"HTTP/1.1 503 "
     assert not caplog.text
+
+
+def test_who_is_just_being_taken_when_it_ends_is_not_left_hanging() -> None:
+    """Its connection is the kernel's already, and not yet the server's."""
+    for _ in range(30):
+        with standing_in() as (stand_in, url), ExitStack() as stack:
+            stand_in.begin(0.0)
+            wait_until(lambda: stand_in._servers)
+            address = (httpx.URL(url).host, httpx.URL(url).port)
+            clients = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(3)]
+            stand_in.close()
+            stand_in._sockets[0].close()
+            for client in clients:
+                with suppress(ConnectionResetError):
+                    assert client.recv(1) == b""
 
 
 def test_a_supervisor_without_workers_has_clients_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import uvicorn
 
 from guardserve.service.connection import connection_class
 from guardserve.service.life import Life
+from guardserve.service.listening import stop_listening
 
 LINGER = 1.0
 """Seconds that an idle connection has, after the listening socket is closed, for a request that is on its way."""
@@ -90,9 +91,7 @@ class Server(uvicorn.Server):
     async def _stop_listening(self) -> None:
         """Close the listening sockets, but take what has connected to them: the kernel would reset it."""
         listening = [socket.socket(fileno=os.dup(sock.fileno())) for server in self.servers for sock in server.sockets]
-        for server in self.servers:
-            server.close()
-        await asyncio.sleep(0)
+        await stop_listening(self.servers)
         for listener in listening:
             with listener:
                 listener.setblocking(False)

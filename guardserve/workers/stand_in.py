@@ -21,6 +21,7 @@ from guardserve.service.answer import Answer, named, refusal
 from guardserve.service.app import UNAUTHORIZED
 from guardserve.service.connection import connection_class
 from guardserve.service.life import closing
+from guardserve.service.listening import stop_listening
 
 _log = logging.getLogger(__name__)
 
@@ -134,12 +135,13 @@ class StandIn:
             await self._leave()
 
     async def _leave(self) -> None:
-        while self._servers:
-            self._servers.pop().close()
+        servers, self._servers = self._servers, []
+        await stop_listening(servers)
 
     async def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             end = time.monotonic() + LINGER
+            await self._leave()
             for connection in list(self._state.connections):
                 connection.shutdown()
             for reading in self._readings:  # who has not said all has an answer still
