@@ -446,6 +446,12 @@ def worker_families(states: Mapping[str, int], restarts: int) -> Iterator[Metric
     yield _family("guardserve_worker_restarts_total", [((), restarts)])
 
 
+def refusal_families(model: str, refused: int) -> Iterator[Metric]:
+    """Yield the inference requests that were refused as no worker took any, also before the first."""
+    yield _family("guardserve_requests_total", [((model, "503"), refused)])
+    yield _family("guardserve_request_errors_total", [((model, "not_ready"), refused)])
+
+
 def verdict_families(model: str, verdict: Verdict) -> Iterator[Metric]:
     """Yield what a monitor says: each of its metrics, some without a sample, so that they can replace another's."""
     states = [((model, state), state == verdict.state) for state in get_args(State)]

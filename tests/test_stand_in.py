@@ -58,6 +58,11 @@ def test_what_has_connected_and_what_connects_is_told_when_to_come_again() -> No
             assert (answer.status_code, answer.headers["retry-after"]) in [(503, "6"), (503, "7")]
             assert "no worker takes connections" in answer.json()["error"]
             assert answer.headers["x-request-id"]
+        assert stand_in.refused == 1
+        client.post("/v2/models/net/versions/1/infer")
+        client.get("/v2/models/net/infer")
+        client.post("/v2/repository/models/net/load")
+        assert stand_in.refused == 2, "only inference requests count"
         assert client.get("/v2/health/live").status_code == 200
 
 

@@ -19,6 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -30,15 +31,17 @@ from hypothesis import strategies as st
 from idle_workers import silent_then_broken
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.samples import Exemplar
-from serving import TIMEOUT, free_port, is_ready, metric, wait_until
+from serving import TIMEOUT, free_port, is_ready, loaded, metric, wait_until
 from torch import nn
 from typing_extensions import Self
 
 from guardserve.cli import main
 from guardserve.detection.merging import Summarizer
 from guardserve.exceptions import GuardserveError
-from guardserve.metrics import METRICS
+from guardserve.metrics import METRICS, Metrics
 from guardserve.monitor import Detection, Detector, Monitor, ReferenceProfile, Summary
+from guardserve.runtime import Runtime
+from guardserve.totals import NO_ENGINE
 from guardserve.workers import Supervisor
 from guardserve.workers import rounds as rounds_module
 from guardserve.workers import supervisor as supervisor_module
@@ -463,7 +466,7 @@ def test_counters_add_up_in_any_order_and_what_is_retained_goes_on_to_count(part
     first, *others = parts
     pool.retain(Report(None, families(first, {"guardserve_queue_size": 3})))
     merged = pool.families(
-        [Report(1, families(part, {})) for part in others], {"up": len(others), "held": 2, "down": 1}, restarts=7
+        [Report(1, families(part, {})) for part in others], {"up": len(others), "held": 2, "down": 1}, 7, 0
     )
     shown = values(merged)
     assert {key: shown[key] for key in expected} == expected
@@ -489,6 +492,23 @@ def test_gauges_follow_their_rules_and_the_later_exemplar_stays() -> None:
     assert [shown[name,] for name in names] == [3, 0, 0.3, 11, 90, 1]
     assert merged[0].samples[0].exemplar == late
     assert {description.pooled for description in METRICS.values()} == {"sum", "max", "min"}
+
+
+def test_requests_that_were_refused_without_a_worker_are_those_of_the_model() -> None:
+    """Beside what its workers have counted; the series are there before the first, lest an increase be missed."""
+    runtime = Runtime(loaded(layer(), name="named"))
+    metrics = Metrics(runtime)
+    metrics.follow(runtime, mock.Mock(counts=NO_ENGINE), "1")
+    metrics.request_ended(503, 0.1, "not_ready")
+    metrics.request_ended(200, 0.1)
+    report = Report(1, list(metrics.registry.collect()))
+    for refused in (0, 4):
+        found = [one for family in Pool().families([report], {"up": 1}, 0, refused) for one in family.samples]
+        shown = {tuple(one.labels.values()): one.value for one in found if one.name == "guardserve_requests_total"}
+        assert shown == {("named", "200"): 1, ("named", "503"): 1 + refused}
+        errors = {one.labels["reason"]: one.value for one in found if one.name == "guardserve_request_errors_total"}
+        assert errors["not_ready"] == sum(errors.values()) == 1 + refused
+    runtime.close()
 
 
 def test_the_window_of_several_monitors_is_that_of_one_that_saw_all() -> None:

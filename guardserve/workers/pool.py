@@ -10,12 +10,14 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from guardserve.exceptions import ReferenceProfileError
-from guardserve.metrics import worker_families
+from guardserve.metrics import refusal_families, worker_families
 from guardserve.monitor import Detection, Detector, ReferenceProfile, Seen, Summary, load_state, save_state
 from guardserve.workers.families import Families, counted, merge, replaced
 from guardserve.workers.messages import Report
 
 _log = logging.getLogger(__name__)
+
+REQUESTS = "guardserve_requests"
 
 SAVE_FAILURES = "guardserve_state_save_failures"
 
@@ -83,15 +85,18 @@ class Pool:
             else:
                 detector.judge_summary(summary)
 
-    def families(self, reports: Iterable[Report], states: Mapping[str, int], restarts: int) -> Families:
+    def families(self, reports: Iterable[Report], states: Mapping[str, int], restarts: int, refused: int) -> Families:
         """Make one exposition of reports, of what was retained, and of this process.
 
         Args:
             reports: The last one of each worker.
             states: How many workers are in each of :data:`guardserve.metrics.WORKER_STATES`.
             restarts: Workers that were started again so far.
+            refused: Inference requests that were refused while no worker took any.
         """
         pooled = merge([self._retained, list(self._own.collect()), *(report.families for report in reports)])
+        served = {one.labels["model"] for family in pooled if family.name == REQUESTS for one in family.samples}
+        pooled = merge([pooled, *(list(refusal_families(model, refused)) for model in served)])
         for family in pooled:
             if family.name == SAVE_FAILURES:
                 family.samples = [one._replace(value=one.value + self._failures) for one in family.samples]

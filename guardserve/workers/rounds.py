@@ -27,12 +27,16 @@ class Rounds:
         workers: All of them, also those that do not take connections now.
         pool: Where their reports come together.
         restarts: How many were started again so far.
+        refused: How many inference requests were refused so far while no worker took any.
     """
 
-    def __init__(self, workers: Sequence[Worker], pool: Pool, restarts: Callable[[], int]) -> None:
+    def __init__(
+        self, workers: Sequence[Worker], pool: Pool, restarts: Callable[[], int], refused: Callable[[], int]
+    ) -> None:
         self._workers = workers
         self._pool = pool
         self._restarts = restarts
+        self._refused = refused
         self._round = 0
         self._ends: float | None = None
         self._next = 0.0
@@ -110,7 +114,7 @@ class Rounds:
         if not waiting:
             return
         states = Counter("up" if worker.up else "held" if worker.held else "down" for worker in self._workers)
-        families = self._pool.families(reports, states, restarts=self._restarts())
+        families = self._pool.families(reports, states, self._restarts(), self._refused())
         detection = self._pool.detection
         for worker, ticket in waiting:
             version = "" if worker.report is None else worker.report.version

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import socket
 import threading
 import time
@@ -27,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 LIVE = "/v2/health/live"
 
+INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
+
 BODY_TIMEOUT = 10.0
 """Seconds that the body of a request may take, which is read lest its sender be cut off before the answer."""
 
@@ -42,6 +45,10 @@ class StandIn:
         sockets: Those that the workers listen on.
         configure: Gives uvicorn's configuration for an application.
         max_connections: Most connections.
+
+    Attributes:
+        active: Whether it answers.
+        refused: Inference requests answered 503 so far.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class StandIn:
         self._readings: set[asyncio.Future[None]] = set()
         self._until = 0.0
         self.active = False
+        self.refused = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, the last of its connection."""
@@ -110,6 +118,8 @@ class StandIn:
             return UNAUTHORIZED
         if scope["path"] == LIVE:
             return Answer(200, b"", ())
+        if scope["method"] == "POST" and INFER.fullmatch(scope["path"]):
+            self.refused += 1
         seconds = max(1, math.ceil(self._until - time.monotonic()))
         text = "not ready: no worker takes connections now, and the next one is being started"
         return refusal(503, "not_ready", text, [(b"retry-after", b"%d" % seconds)])

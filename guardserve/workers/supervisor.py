@@ -93,8 +93,10 @@ class Supervisor:
         self._next_save = 0.0
         self._reloading = Reloading(self._workers)
         self._admission = Admission(self._workers, self._reloading)
-        self._rounds = Rounds(self._workers, pool, lambda: self._restarts)
         self._stand_in = stand_in
+        self._rounds = Rounds(
+            self._workers, pool, lambda: self._restarts, lambda: 0 if stand_in is None else stand_in.refused
+        )
 
     def run(self) -> None:
         """Serve until a signal, then have every worker answer what it has accepted; call it on the main thread.
