@@ -418,7 +418,8 @@ class RuntimeCollector(Collector):
         yield _family("guardserve_build_info", [((__version__, torch.__version__, platform.python_version()), 1)])
         yield _family("guardserve_model_info", [((model, runtime.platform, str(runtime.device), version), 1)])
         yield _family("guardserve_model_ready", [((model,), runtime.failure is None)])
-        observed = [((model, "true"), len(monitor.layers)), ((model, "false"), len(monitor.unobserved))]
+        lost = monitor.unobserved  # also layers that were observed once
+        observed = [((model, "true"), len(set(monitor.layers) - lost.keys())), ((model, "false"), len(lost))]
         yield _family("guardserve_batchnorm_layers", observed)
         yield _family("guardserve_unobservable_channels", [((model,), unobservable)])
         yield _family("guardserve_shift_threshold", [((model,), monitor.threshold)])

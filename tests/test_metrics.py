@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from guardserve.identity import MAX_LENGTH, Identity, identified
 from guardserve.metrics import CONTENT_TYPE, METRICS, OPENMETRICS, WORST_CHANNELS, Metrics, negotiated
 from guardserve.runtime import Runtime
 from guardserve.signature import TensorSpec
+from guardserve.totals import NO_ENGINE
 
 
 @pytest.fixture
@@ -234,3 +236,17 @@ def test_a_large_model_has_few_series_and_a_scrape_of_it_computes_little() -> No
     assert min(taken) < 0.05
     assert len(samples) < 4 * 200 + 200
     assert samples.count("guardserve_channel_wasserstein2") == WORST_CHANNELS
+
+
+def test_a_layer_that_other_code_takes_over_counts_as_unobserved() -> None:
+    """And no more as observed: together they are all layers."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 8), nn.BatchNorm1d(8))
+    runtime = Runtime(loaded(model))
+    metrics = Metrics(runtime)
+    metrics.follow(runtime, mock.Mock(counts=NO_ENGINE), "1")
+    for observed in (2, 1):
+        text = metrics.render().decode()
+        assert f'guardserve_batchnorm_layers{{model="net",observed="true"}} {observed}.0' in text
+        assert f'guardserve_batchnorm_layers{{model="net",observed="false"}} {2 - observed}.0' in text
+        vars(model[0])["forward"] = lambda x: x
+    runtime.close()

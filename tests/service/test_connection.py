@@ -232,6 +232,29 @@ def test_pipelined_requests_are_answered_in_their_order() -> None:
         assert [connection.first() for _ in range(60)] == [77, *range(1, 60)]
 
 
+def test_what_is_pipelined_behind_the_last_answer_is_not_begun() -> None:
+    """The last answer says that it is the last; what was sent behind it the client may send again (RFC 9112, 9.6)."""
+    model = Echo()
+    app = create_app(Runtime(loaded(model)))
+    forwards = 'guardserve_forward_duration_seconds_count{model="net"}'
+    with serve_in_background(app) as address, httpx.Client(base_url=address, trust_env=False) as client:
+        wait_until(lambda: client.get("/v2/health/ready").status_code == 200)
+        before = metric(client, forwards)
+        with connected(client) as wire:
+            wire.socket.sendall(request(77))
+            wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 1)
+            app.life.close()
+            wire.socket.sendall(request(1) + request(2))
+            model.open.set()
+            closing = [wire.answer()[1].get("connection")]
+            if closing == [None]:  # the end began behind it
+                closing.append(wire.answer()[1].get("connection"))
+            assert closing[-1] == "close"
+            assert wire.file.read() == b""
+        assert metric(client, forwards) == before + len(closing)
+        assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == len(closing)
+
+
 def test_a_client_that_goes_away_between_headers_and_body_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the body is waited for the short way."""
     monkeypatch.setattr("guardserve.service.connection.PATIENCE", 20.0)
