@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from guardserve.observation import workspace
 from guardserve.observation.keys import Keys
 from guardserve.observation.reading import Reading, Rows, Scratch, side_by_side
 from guardserve.observation.workspace import Layout, Place, Sheet, Slot
@@ -105,15 +108,21 @@ class Record:
 
     def rows(self) -> Rows:
         """Return all readings as arrays, side by side; only if :attr:`whole`, and in one thread at a time."""
-        if self._rows is None:
+        rows = self._rows
+        if rows is None:
             if self.ready is not None:
                 self.ready.synchronize()
             if self.sheet is None:
-                self._rows = side_by_side(self.readings)
+                rows = side_by_side(self.readings)
             else:
-                self._rows = self.sheet.rows()
-                self._give_back()
-        return self._rows
+                ((_, rows),) = workspace.sum_up([self.sheet])
+            self.take(rows)
+        return rows
+
+    def take(self, rows: Rows) -> None:
+        """Take what it wrote down, summed up."""
+        self._rows = rows
+        self._give_back()
 
     def inputs(self) -> npt.NDArray[np.float32] | None:
         """Return what entered the layers, ``(N, sum of C)``, if each has one position and nothing was summed up yet."""
@@ -142,7 +151,8 @@ class Record:
                 return
             if self.taken:  # it took another way
                 taken = {i for i, slot in enumerate(self.slots) if slot is not None and slot.turn == self.turn}
-                parts = [part for part in sheet.workspace.parts(sheet.rows()) if part[0] in taken]
+                ((_, rows),) = workspace.sum_up([sheet])
+                parts = [part for part in sheet.workspace.parts(rows) if part[0] in taken]
                 self.readings += [Reading.of(index, rows) for index, rows in parts]
             self._give_back()
         self._compact()
@@ -167,3 +177,13 @@ class Record:
     def __del__(self) -> None:
         """Give memory back that nobody asked for what is in it."""
         self._give_back()
+
+
+def sum_up(records: Iterable[Record]) -> None:
+    """Sum up what forwards have written down and not summed up yet: those that are laid out alike together.
+
+    Where layers have one position there is next to nothing to sum up: see :meth:`Record.inputs`.
+    """
+    waiting = {record.sheet: record for record in records if record.sheet is not None}
+    for sheet, rows in workspace.sum_up([sheet for sheet in waiting if not sheet.workspace.flat]):
+        waiting[sheet].take(rows)

@@ -86,13 +86,9 @@ class _Tap:
         self._plans: dict[object, tuple[Plan, torch.Tensor]] = {}
 
     def read(self, x: torch.Tensor, record: Record) -> None:
-        """Read an activation."""
+        """Read an activation that has no slot to be written down in."""
         if x.requires_grad:
             x = x.detach()
-        slot = record.slots[self.index]
-        if slot is not None and slot.take(x, record.turn):
-            record.taken += 1
-            return
         key = (x.shape, x.stride(), x.device, record.samples, record.values)
         planned = self._plans.get(key)
         if planned is None:
@@ -204,6 +200,7 @@ class Taps:
 
     def _reader(self, tap: _Tap) -> Look:
         opened, clock, compiling = self._open, time.perf_counter, torch.compiler.is_dynamo_compiling
+        index = tap.index
 
         def look(layer: nn.Module, x: torch.Tensor) -> None:
             del layer
@@ -216,7 +213,11 @@ class Taps:
             elif record is not _IGNORED:
                 began = clock() if record.seconds else 0.0
                 try:
-                    tap.read(x, record)
+                    slot = record.slots[index]
+                    if slot is not None and slot.take(x, record.turn):
+                        record.taken += 1
+                    else:
+                        tap.read(x, record)
                 except Exception as error:  # noqa: BLE001 - whatever it is, the answer is not to be lost with it
                     _excuse(tap, error)
                 if began:

@@ -1,18 +1,17 @@
 """Reading all layers of a small forward into one buffer, to sum them up together afterwards.
 
 On a CPU an operation costs tens of microseconds between the layers of a model, where caches hold other things, however
-little it does. So each layer only copies its cell, and the sums of all layers are taken at once at the forward's end.
-Where each layer has one position the copies wait instead, as they come to no more than sums would. But where several
-samples have few channels of many positions, which are together, one operation sums a cell up in about the time that
-another takes to copy it.
+little it does. So each layer only copies its cell, and the sums of all layers are taken at once: after the forward, and
+where the copies are small enough to wait, for many forwards together. But where several samples have few channels of
+many positions, which are together, one operation sums a cell up in about the time that another takes to copy it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Literal
 
 import numpy as np
@@ -26,6 +25,12 @@ MOST_VALUES = 2**20
 
 MOST_WAITING = 2**19
 """Values that may wait to be summed up."""
+
+FEWEST_WAITING = 4
+"""Forwards from which on it is worth their memory to sum them up together."""
+
+MOST_TOGETHER = 32
+"""Forwards that are summed up together at most."""
 
 FEWEST_POSITIONS = 48
 """Positions of a channel from which on an activation of several samples is summed up at once, if all of it is read."""
@@ -88,13 +93,10 @@ class Slot:
         if x.shape != self.shape or self.turn == turn or x.stride() != self.stride:
             return False
         self.turn = turn
-        self._write(x)
+        self._write(x.detach() if x.requires_grad else x, self.out)
         return True
 
-    def _write(self, x: torch.Tensor) -> None:
-        self._copy(x, self.out)
-
-    def _copy(self, x: torch.Tensor, out: torch.Tensor) -> None:
+    def _write(self, x: torch.Tensor, out: torch.Tensor) -> None:
         cells = self.cells
         if not cells:
             out.copy_(x)
@@ -112,17 +114,17 @@ class Slot:
 class _SummingSlot(Slot):
     """A layer's part of a buffer where sums are put: ``(2, N, C)``, means over positions and one over deviations."""
 
-    def _write(self, x: torch.Tensor) -> None:
+    def _write(self, x: torch.Tensor, out: torch.Tensor) -> None:
         samples, channels, *sizes = self.plan.size
         if self.plan.size == self.shape:
             values = x.float()
         else:
             values = x.new_empty(self.plan.size, dtype=torch.float32)
-            self._copy(x, values)
+            super()._write(x, values)
         # with a group a channel: it is the one operation that finds both sums in one go
         count = math.prod(sizes)
         _, *sums = torch.native_group_norm(values, None, None, samples, channels, count, channels, 0.0)
-        torch.stack(sums, out=self.out)
+        torch.stack(sums, out=out)
 
 
 _Kind = Literal["summed", "rows", "columns"]
@@ -140,7 +142,7 @@ class _Group:
             ``(positions, N, sum of C)`` as columns.
         part: Where they are in the buffer.
         columns: Where their channels are among those of all layers.
-        anchor: What is taken off, shape ``(sum of C,)``.
+        share: What to multiply sums by to get means.
     """
 
     kind: _Kind
@@ -148,7 +150,7 @@ class _Group:
     shape: tuple[int, int, int]
     part: slice
     columns: slice
-    anchor: npt.NDArray[np.float32]
+    share: float
 
     def slots(self, buffer: torch.Tensor) -> Iterator[tuple[int, Slot]]:
         """Return the slot of each layer in a buffer, with the layer's index."""
@@ -166,32 +168,51 @@ class _Group:
             kind = _SummingSlot if self.kind == "summed" else Slot
             yield place.index, kind(place.shape, place.stride, place.plan, out)
 
-    def sum_up(self, buffer: npt.NDArray[np.float32], mean: _Array, variance: _Array) -> None:
-        """Write down what a buffer shows, each of shape ``(N, sum of C)``; the buffer is used up."""
-        values = buffer[self.part].reshape(self.shape)
+    def sum_up(self, buffers: _Array, sums: _Sums) -> None:
+        """Sum up the values of buffers, of shape ``(F, size)``, one for each forward; they are used up."""
+        values, here = buffers[:, self.part].reshape(len(buffers), *self.shape), (..., self.columns)
         if self.kind == "summed":
-            np.subtract(values[0], self.anchor, out=mean)
-            np.divide(1, np.square(values[1]), out=variance)
+            sums.first[here] = values[:, 0]
+            np.divide(1, np.square(values[:, 1]), out=sums.squares[here])
             return
-        share = np.float32(1 / (self.shape[2] if self.kind == "rows" else self.shape[0]))
         # from the first position on, which is not far from the mean, both are exact in one pass
-        first = (values[:, :, 0] if self.kind == "rows" else values[0]).copy()
-        np.subtract(first, self.anchor, out=mean)
-        if share == 1:
-            variance[:] = 0
+        first = sums.first[here]
+        first[:] = values[..., 0] if self.kind == "rows" else values[:, 0]
+        if self.share == 1:
             return
         if self.kind == "rows":
-            values -= first[:, :, None]
-            about = np.add.reduce(values, 2) * share
-            np.einsum("ncp,ncp->nc", values, values, out=variance)
+            values -= first[..., None]
+            np.add.reduce(values, 3, out=sums.about[here])
+            np.einsum("fncp,fncp->fnc", values, values, out=sums.squares[here])
         else:
-            values -= first
-            about = _total(values) * share
-            variance[:] = _total_of_squares(values)
+            values -= first[:, None]
+            sums.about[here] = _total(values)
+            sums.squares[here] = _total_of_squares(values)
+
+
+class _Sums:
+    """What several forwards' layers come to, each of shape ``(F, N, sum of C)``.
+
+    Attributes:
+        first: The first position, or what else the others are deviations from.
+        about: Deviations from it, summed up.
+        squares: Their squares, likewise.
+    """
+
+    def __init__(self, forwards: int, samples: int, channels: int) -> None:
+        self.first = np.empty((forwards, samples, channels), np.float32)
+        self.about, self.squares = np.zeros_like(self.first), np.zeros_like(self.first)
+
+    def rows(self, anchor: _Array, share: _Array) -> list[Rows]:
+        """Return what each forward showed; they are used up."""
+        mean, about, variance = self.first, self.about, self.squares
+        mean -= anchor
+        about *= share
         mean += about
         variance *= share
-        variance -= np.square(about)
+        variance -= np.square(about, out=about)
         np.maximum(variance, 0, out=variance)
+        return list(map(Rows, mean, variance))
 
 
 class Layout:
@@ -244,20 +265,23 @@ class Workspace(Layout):
         kinds: dict[tuple[_Kind, int], list[Place]] = {}
         for place in places:
             kinds.setdefault((_kind(place), place.plan.count()), []).append(place)
-        first = 0
         for (kind, count), members in kinds.items():
-            anchor = torch.cat([place.anchor.flatten() for place in members]).numpy()
-            shapes = {
-                "summed": (2, self._samples, len(anchor)),
-                "rows": (self._samples, len(anchor), count),
-                "columns": (count, self._samples, len(anchor)),
-            }
-            part = slice(self.values, self.values + math.prod(shapes[kind]))
-            self._groups.append(_Group(kind, members, shapes[kind], part, slice(first, first + len(anchor)), anchor))
-            self.values, first = part.stop, first + len(anchor)
+            first = self._groups[-1].columns.stop if self._groups else 0
+            channels = sum(len(place.anchor) for place in members)
+            shape = {
+                "summed": (2, self._samples, channels),
+                "rows": (self._samples, channels, count),
+                "columns": (count, self._samples, channels),
+            }[kind]
+            part, columns = slice(self.values, self.values + math.prod(shape)), slice(first, first + channels)
+            self._groups.append(_Group(kind, members, shape, part, columns, 1 if kind == "summed" else 1 / count))
+            self.values = part.stop
         self.size = max(_LEAST_SIZE, 1 << (self.values - 1).bit_length())
         self.flat = list(kinds) == [("columns", 1)]
         members = [place for group in self._groups for place in group.places]
+        self._anchor = torch.cat([place.anchor.flatten() for place in members]).numpy()
+        shares = [np.full(group.columns.stop - group.columns.start, group.share) for group in self._groups]
+        self._share = np.concatenate(shares, dtype=np.float32)
         super().__init__(
             tuple(place.index for place in places),
             tuple(place.index for place in members),
@@ -272,26 +296,27 @@ class Workspace(Layout):
                 slots[index] = slot
         return slots
 
-    def inputs(self, buffer: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+    def inputs(self, buffer: _Array) -> _Array | None:
         """Return what entered the layers, in the order of :attr:`route`, if :attr:`flat`."""
         if not self.flat:
             return None
         group = self._groups[0]
-        inputs: npt.NDArray[np.float32] = buffer[group.part].reshape(group.shape)[0]
+        inputs: _Array = buffer[group.part].reshape(group.shape)[0]
         return inputs
 
-    def rows(self, buffer: npt.NDArray[np.float32]) -> Rows:
-        """Return what a forward's layers showed, in the order of :attr:`route`; the buffer is used up."""
-        inputs = self.inputs(buffer)
-        if inputs is not None:
-            with np.errstate(invalid="ignore", over="ignore"):
-                return Rows(inputs - self._groups[0].anchor, None)
-        mean = np.empty((self._samples, self.channels), np.float32)
-        variance = np.empty_like(mean)
+    def rows(self, buffers: _Array) -> list[Rows]:
+        """Return what each forward's layers showed, in the order of :attr:`route`.
+
+        Args:
+            buffers: One for each forward, of shape ``(F, size)``; they are used up.
+        """
+        sums = _Sums(len(buffers), self._samples, self.channels)
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            if self.flat:
+                return [Rows(inputs - self._anchor, None) for inputs in map(self.inputs, buffers) if inputs is not None]
             for group in self._groups:
-                group.sum_up(buffer, mean[:, group.columns], variance[:, group.columns])
-        return Rows(mean, variance)
+                group.sum_up(buffers, sums)
+            return sums.rows(self._anchor, self._share)
 
 
 def _kind(place: Place) -> _Kind:
@@ -308,35 +333,36 @@ def _is_contiguous(place: Place) -> bool:
 
 
 def _total(values: _Array) -> _Array:
-    """Add up along the first axis, no more than some of it one by one: rounding errors add up too."""
+    """Add up along the second axis, no more than some of it one by one: rounding errors add up too."""
     few = _folded(values)
     if few is None:
-        total: _Array = np.add.reduce(values, 0)
+        total: _Array = np.add.reduce(values, 1)
         return total
-    total = _total(np.add.reduce(few, 0))
-    total += np.add.reduce(values[few.shape[0] * few.shape[1] :], 0)
+    total = _total(np.add.reduce(few, 1))
+    total += np.add.reduce(values[:, few.shape[1] * few.shape[2] :], 1)
     return total
 
 
 def _total_of_squares(values: _Array) -> _Array:
-    """Add up the squares along the first axis, likewise."""
+    """Add up the squares along the second axis, likewise."""
     few = _folded(values)
     if few is None:
-        total: _Array = np.einsum("pnc,pnc->nc", values, values)
+        total: _Array = np.einsum("fpnc,fpnc->fnc", values, values)
         return total
-    total = _total(np.einsum("apnc,apnc->pnc", few, few))
-    rest = values[few.shape[0] * few.shape[1] :]
-    total += np.einsum("pnc,pnc->nc", rest, rest)
+    total = _total(np.einsum("fapnc,fapnc->fpnc", few, few))
+    rest = values[:, few.shape[1] * few.shape[2] :]
+    total += np.einsum("fpnc,fpnc->fnc", rest, rest)
     return total
 
 
 def _folded(values: _Array) -> _Array | None:
-    """Divide the first axis in two, so that the first is short and what is behind it long: that is fast to add up."""
-    length = min(math.isqrt(len(values)), _AT_ONCE)
-    if length < _FEW or (len(values) <= _AT_ONCE and values[0].size >= _WIDE):
+    """Divide the second axis in two, so that the first is short and what is behind it long: that is fast to add up."""
+    forwards, count, *sizes = values.shape
+    length = min(math.isqrt(count), _AT_ONCE)
+    if length < _FEW or (count <= _AT_ONCE and math.prod(sizes) >= _WIDE):
         return None
-    parts = len(values) // length
-    return values[: length * parts].reshape(length, parts, *values.shape[1:])
+    parts = count // length
+    return values[:, : length * parts].reshape(forwards, length, parts, *sizes)
 
 
 class Sheet:
@@ -345,12 +371,13 @@ class Sheet:
     Attributes:
         workspace: How it is laid out.
         slots: The slot of each observation point; None where there is none.
+        buffer: The buffer.
     """
 
     def __init__(self, workspace: Workspace, buffer: _Buffer, shelf: _Shelf) -> None:
         self.workspace = workspace
         self.slots = workspace.slots(buffer.values)
-        self._buffer = buffer
+        self.buffer = buffer
         self._shelf = shelf
         self._waiting = False
         self._turning: dict[Plan, list[Slot]] = {}
@@ -367,29 +394,26 @@ class Sheet:
         return self.slots
 
     def wait(self) -> bool:
-        """Let what was written wait to be summed up, unless it comes to more than its sums, or too much is waiting.
+        """Let what was written wait to be summed up, unless that would take too much memory for what it saves.
 
-        Summing up takes many operations. Done by another thread, each would be handed the interpreter and hand it back.
+        Summing up takes many operations, as many for one forward as for several that are alike.
         """
-        self._waiting = self.workspace.flat and len(self._shelf.waiting) < self._shelf.most
+        worth = self.workspace.flat or self._shelf.most >= FEWEST_WAITING
+        self._waiting = worth and len(self._shelf.waiting) < self._shelf.most
         if self._waiting:
             self._shelf.waiting.append(None)
         return self._waiting
 
-    def rows(self) -> Rows:
-        """Sum up what was written; once."""
-        return self.workspace.rows(self._buffer.array)
-
     def inputs(self) -> npt.NDArray[np.float32] | None:
         """Return what was written, ``(N, sum of C)``, if each layer has one position."""
-        return self.workspace.inputs(self._buffer.array)
+        return self.workspace.inputs(self.buffer.block[self.buffer.row])
 
     def give_back(self) -> None:
         """Let another forward have it."""
         if self._waiting:
             self._waiting = False
             self._shelf.waiting.pop()
-        self._shelf.free.append(self._buffer)
+        self._shelf.free.append(self.buffer)
 
 
 class Sheets:
@@ -407,10 +431,7 @@ class Sheets:
         shelf = self._shelves.get(size)
         if shelf is None:
             shelf = self._shelves.setdefault(size, _Shelf(size))
-        try:
-            buffer = shelf.free.pop()
-        except IndexError:
-            buffer = _Buffer(size)
+        buffer = shelf.buffer()
         sheet = buffer.sheets.get(workspace)
         if sheet is None:
             if len(buffer.sheets) >= _KEPT_SHEETS:
@@ -423,6 +444,9 @@ class Sheets:
 class _Shelf:
     """Buffers of one size.
 
+    Args:
+        size: Number of values of each.
+
     Attributes:
         most: How many forwards may wait to be summed up.
         free: The buffers that no forward has.
@@ -433,6 +457,20 @@ class _Shelf:
         self.most = MOST_WAITING // size
         self.free: list[_Buffer] = []
         self.waiting: list[None] = []
+        self._size = size
+
+    def buffer(self) -> _Buffer:
+        """Return a buffer that no forward has; where many may wait, they are made side by side."""
+        try:
+            return self.free.pop()
+        except IndexError:
+            count = self.most if self.most >= FEWEST_WAITING else 1
+            with torch.inference_mode(mode=False):
+                block = torch.empty(min(count, MOST_TOGETHER), self._size, dtype=torch.float32, device="cpu")
+            array = block.numpy()
+            buffer, *others = [_Buffer(values, array, row) for row, values in enumerate(block)]
+            self.free += reversed(others)
+            return buffer
 
 
 class _Buffer:
@@ -440,15 +478,31 @@ class _Buffer:
 
     Attributes:
         values: The memory.
-        array: The same.
+        block: It and others, of shape ``(buffers, size)``.
+        row: Which of these it is.
         sheets: Its layouts so far.
     """
 
-    def __init__(self, size: int) -> None:
-        with torch.inference_mode(mode=False):
-            self.values = torch.empty(size, dtype=torch.float32, device="cpu")
-        self.array: npt.NDArray[np.float32] = self.values.numpy()
+    def __init__(self, values: torch.Tensor, block: _Array, row: int) -> None:
+        self.values = values
+        self.block = block
+        self.row = row
         self.sheets: dict[Workspace, Sheet] = {}
+
+
+def sum_up(sheets: Iterable[Sheet]) -> Iterator[tuple[Sheet, Rows]]:
+    """Sum up what was written in sheets, those together that are laid out alike and side by side in memory; once."""
+    ordered = sorted(sheets, key=lambda sheet: (id(sheet.workspace), id(sheet.buffer.block), sheet.buffer.row))
+    for _, run in groupby(enumerate(ordered), key=_run):
+        alike = [sheet for _, sheet in run]
+        first = alike[0].buffer
+        yield from zip(alike, alike[0].workspace.rows(first.block[first.row :][: len(alike)]), strict=True)
+
+
+def _run(ranked: tuple[int, Sheet]) -> tuple[int, int, int]:
+    """Tell what sheets have in common that follow each other."""
+    rank, sheet = ranked
+    return id(sheet.workspace), id(sheet.buffer.block), sheet.buffer.row - rank
 
 
 def fits(places: Sequence[Place]) -> bool:

@@ -14,7 +14,7 @@ from guardserve import Monitor
 from guardserve.monitor import accumulation
 from guardserve.observation import workspace
 from guardserve.observation.reading import Rows
-from guardserve.observation.record import Record
+from guardserve.observation.record import Record, sum_up
 from guardserve.observation.taps import Taps
 
 
@@ -135,17 +135,22 @@ def test_what_is_summed_up_at_once_is_what_is_copied_and_summed_up_later(
             np.testing.assert_allclose(variance, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("build", [net, mlp])
+@pytest.mark.parametrize(("build", "fewest", "waiting"), [(net, 3, 3), (net, 4, 0), (mlp, 4, 3)])
 def test_so_many_may_wait_and_no_more(
-    build: Callable[[], nn.Module], records: list[Record], monkeypatch: pytest.MonkeyPatch
+    build: Callable[[], nn.Module],
+    fewest: int,
+    waiting: int,
+    records: list[Record],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of those whose layers have one position: others, and those beyond the limit, sum themselves up at once.
+    """Those beyond the limit sum themselves up at once, and all do where so few would be summed up together.
 
-    Records that nobody looks at give back what they hold.
+    Those whose layers have one position wait in any case. Records that nobody looks at give back what they hold.
     """
     monkeypatch.setattr(workspace, "MOST_WAITING", 3 * 2**12)
+    monkeypatch.setattr(workspace, "FEWEST_WAITING", fewest)
     model = build()
-    x, waiting = (torch.randn(1, 8), 3) if build is mlp else (torch.randn(1, 3, 16, 16), 0)
+    x = torch.randn(1, 8) if build is mlp else torch.randn(1, 3, 16, 16)
     taps = Taps(model, records.append)
     with torch.inference_mode():
         for _ in range(20):
@@ -160,12 +165,43 @@ def test_so_many_may_wait_and_no_more(
         for _ in range(20):
             model(x)
             records.clear()
-        assert len(shelf.free) == before <= 5
+        assert len(shelf.free) == before <= 6  # made three at a time, for three that wait and one that runs
         monkeypatch.setattr(model, "forward", broken)
         with pytest.raises(RuntimeError, match="broken"):
             model(x)
         assert len(shelf.free) == before
     taps.close()
+
+
+@pytest.mark.parametrize("samples", [1, 3, 20])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_forwards_that_are_summed_up_together_come_to_what_each_does_alone(
+    samples: int, memory_format: torch.memory_format, records: list[Record]
+) -> None:
+    """Of several shapes mixed, in any order, and with some between them that are summed up already or dropped."""
+    model: nn.Module = net().to(memory_format=memory_format)  # type: ignore[call-overload]
+    inputs = [torch.randn(samples + i % 2, 3, 16, 16).contiguous(memory_format=memory_format) + i for i in range(40)]
+    shown = []
+    for together in (False, True):
+        taps = Taps(model, records.append)
+        with torch.inference_mode():
+            for x in inputs:
+                model(x)
+                if not together:
+                    records[-1].rows()
+        taps.close()
+        assert (sum(record.sheet is not None for record in records) >= 8) == together
+        del records[7]
+        records[11].rows()
+        order = [(17 * i) % len(records) for i in range(len(records))]
+        sum_up([records[i] for i in order])
+        assert not any(record.sheet for record in records)
+        shown.append([record.rows() for record in records])
+        records.clear()
+    for alone, other in zip(*shown, strict=True):
+        np.testing.assert_allclose(other.mean, alone.mean, rtol=1e-6, atol=1e-7)
+        if alone.variance is not None and other.variance is not None:
+            np.testing.assert_allclose(other.variance, alone.variance, rtol=1e-6, atol=1e-7)
 
 
 def test_what_cannot_share_a_buffer_waits_in_two_arrays_and_not_in_many_tensors(records: list[Record]) -> None:
