@@ -465,10 +465,10 @@ class _Shelf:
             return self.free.pop()
         except IndexError:
             count = self.most if self.most >= FEWEST_WAITING else 1
-            with torch.inference_mode(mode=False):
+            with torch.inference_mode(mode=False), torch.no_grad():
                 block = torch.empty(min(count, MOST_TOGETHER), self._size, dtype=torch.float32, device="cpu")
-            array = block.numpy()
-            buffer, *others = [_Buffer(values, array, row) for row, values in enumerate(block)]
+                array = block.numpy()
+                buffer, *others = [_Buffer(values, array, row) for row, values in enumerate(block)]
             self.free += reversed(others)
             return buffer
 
