@@ -154,7 +154,8 @@ class Supervisor:
             self._next_save = now + SAVE_INTERVAL
             self._pool.save()
         self._rounds.in_time(now)
-        self._admission.go_on()
+        if self._ends_by is None:
+            self._admission.go_on()
         self._have_answered()
 
     def _have_answered(self) -> None:

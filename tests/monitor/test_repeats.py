@@ -56,21 +56,36 @@ def test_keys_are_of_inputs_not_of_batches() -> None:
     """A sample has the same key alone and among others; any bit of any input makes another one."""
     rng = torch.Generator().manual_seed(0)
     image, flag = torch.randn(6, 3, 4, 4, generator=rng), torch.tensor([True, False] * 3)
-    together = sample_keys([image, flag, torch.ones(2), torch.tensor(3.0)], 6)
+    shared = [torch.ones(2), torch.tensor(3.0)]
+    together = sample_keys([image, flag, *shared], 6)
     assert together is not None
     for row in range(6):
-        alone = sample_keys([image[row : row + 1].bfloat16().float(), flag[row : row + 1]], 1)
+        alone = sample_keys([image[row : row + 1].bfloat16().float(), flag[row : row + 1], *shared], 1)
         assert alone is not None
         assert alone[0] != together[row]
-        alone = sample_keys([image.transpose(1, 3).contiguous().transpose(1, 3)[row : row + 1], flag[row : row + 1]], 1)
+        turned = image.transpose(1, 3).contiguous().transpose(1, 3)
+        alone = sample_keys([turned[row : row + 1], flag[row : row + 1], *shared], 1)
         assert alone is not None
         assert alone[0] == together[row]
     flag[4] = False
-    other = sample_keys([image, flag], 6)
+    other = sample_keys([image, flag, *shared], 6)
     assert other is not None
     assert (other != together).tolist() == [False] * 4 + [True, False]
     assert sample_keys([image.to_sparse(), torch.tensor(1.0), torch.zeros(6, 0)], 6) is None
     assert sample_keys([image[:, 0].bfloat16()], 6) is not None
+    threshold = sample_keys([image, flag, torch.ones(2), torch.tensor(4.0)], 6)
+    assert threshold is not None
+    assert (other != threshold).all()
+
+
+def test_inputs_that_are_no_plain_memory_are_no_error() -> None:
+    """Conjugates and negatives of complex numbers have keys like others."""
+    x = torch.randn(3, 2, dtype=torch.complex64)
+    for lazy in (x.conj(), x.conj().imag):
+        plain, found = sample_keys([lazy.clone().resolve_conj().resolve_neg()], 3), sample_keys([lazy], 3)
+        assert plain is not None
+        assert found is not None
+        assert (plain == found).all()
 
 
 def test_only_who_learns_hashes_inputs(model: nn.Module, clean: Sampler) -> None:
