@@ -6,7 +6,7 @@ import hashlib
 import sys
 import sysconfig
 from collections.abc import Iterator
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
+from importlib.metadata import Distribution, PackageMetadata, PackageNotFoundError, distribution, distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,9 +73,8 @@ class ImportedCode:
         for name, path in _sources():
             if name not in self._sources and (digest := _digest(path)) is not None:
                 self._sources[name] = path, digest
-        for name in _packages():
-            if name not in self._packages:
-                self._packages[name] = _installed(name)
+        for name, found in _packages():
+            self._packages.setdefault(name, found)
 
 
 def _sources() -> Iterator[tuple[str, Path]]:
@@ -100,13 +99,31 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _packages() -> Iterator[str]:
-    """Yield the installed packages that modules were imported from."""
-    imported = {name.partition(".")[0] for name in sys.modules}
+def _packages() -> Iterator[tuple[str, Installed]]:
+    """Yield the installed packages that modules were imported from.
+
+    Their files tell, not the names of modules: several packages may have theirs in one namespace, such as ``google``.
+    """
+    imported = _imported()
     for package in distributions():
-        tops = (line.partition("/")[0].partition(".")[0] for line in _files(package).splitlines())
-        if not imported.isdisjoint(tops) and "Name" in (metadata := package.metadata):  # not left over half removed
-            yield metadata["Name"]
+        files, place = _files(package), Path(str(package.locate_file(""))).absolute().as_posix()
+        names = (line.partition(",")[0] for line in files.splitlines())
+        if any(f"{place}/{name}" in imported for name in names):
+            metadata = package.metadata
+            if "Name" in metadata:  # not left over half removed
+                yield metadata["Name"], _build(metadata, files)
+
+
+def _imported() -> set[str]:
+    """Return the files of imported modules, and those of top-level ones also as lists without files name them."""
+    found = set()
+    for name, module in list(sys.modules.items()):
+        if isinstance(file := getattr(module, "__file__", None), str):
+            path = Path(file)
+            found.add(path.as_posix())
+            if "." not in name:
+                found.add((path.parent if path.stem == "__init__" else path.with_name(name)).as_posix())
+    return found
 
 
 def _installed(name: str) -> Installed:
@@ -115,10 +132,13 @@ def _installed(name: str) -> Installed:
         package = distribution(name)
     except PackageNotFoundError:
         return Installed(None)
-    metadata = package.metadata
+    return _build(package.metadata, _files(package))
+
+
+def _build(metadata: PackageMetadata, files: str) -> Installed:
     if "Version" not in metadata:
         return Installed(None)
-    return Installed(metadata["Version"], hashlib.blake2b(_files(package).encode(), digest_size=16).hexdigest())
+    return Installed(metadata["Version"], hashlib.blake2b(files.encode(), digest_size=16).hexdigest())
 
 
 def _files(package: Distribution) -> str:

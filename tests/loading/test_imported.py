@@ -57,7 +57,7 @@ def test_another_release_behind_a_link_is_found(tmp_path: Path, monkeypatch: pyt
         (tmp_path / str(number) / "linked_code.py").write_text(f"release = {number}")
     link.symlink_to(tmp_path / "1")
     monkeypatch.syspath_prepend(link)
-    monkeypatch.setitem(sys.modules, "linked_code", importlib.import_module("linked_code"))
+    import_here(monkeypatch, "linked_code")
     code = ImportedCode()
     code.check()
     link.unlink()
@@ -86,15 +86,26 @@ def test_installed_packages_and_the_servers_own_code_are_not_the_users(project: 
     assert not {"guardserve", "guardserve.loading", "torch", "json", "pytest"} & set(found)
 
 
+def import_here(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Import a module for the time of one test."""
+    monkeypatch.setitem(sys.modules, name, sys)
+    del sys.modules[name]
+    importlib.invalidate_caches()
+    importlib.import_module(name)
+
+
 def install(folder: Path, name: str, version: str, content: str = "") -> None:
     """Install a package of one module, as pip does: what was there of it is gone, the other packages stay."""
-    for old in folder.glob(f"{name}-*.dist-info"):
+    called = name.replace("/", "_")
+    for old in folder.glob(f"{called}-*.dist-info"):
         shutil.rmtree(old)
     (folder / f"{name}.py").write_text(content)
-    about = folder / f"{name}-{version}.dist-info"
+    about = folder / f"{called}-{version}.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (about / "RECORD").write_text(f"{name}.py,sha256={hash(content)},{len(content)}\n{about.name}/METADATA,,\n")
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {called}\nVersion: {version}\n")
+    (about / "RECORD").write_text(
+        f"{about.name}/METADATA,,\n{about.name}/RECORD,{version},\n{name}.py,sha256={hash(content)},{len(content)}\n"
+    )
 
 
 @pytest.fixture
@@ -105,7 +116,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     install(folder, "layers_in_use", "1.0")
     install(folder, "layers_aside", "1.0")
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setitem(sys.modules, "layers_in_use", importlib.import_module("layers_in_use"))
+    import_here(monkeypatch, "layers_in_use")
     return folder
 
 
@@ -140,11 +151,51 @@ def test_a_package_is_remembered_from_its_import_on(packages: Path, monkeypatch:
     (packages / "layers_lost-1.0.dist-info" / "RECORD").write_text("layers_in_use.py,,\n")
     code = ImportedCode()
     install(packages, "layers_aside", "2.0")
-    monkeypatch.setitem(sys.modules, "layers_aside", importlib.import_module("layers_aside"))
+    import_here(monkeypatch, "layers_aside")
     code.check()
     install(packages, "layers_aside", "3.0")
     with pytest.raises(ModelLoadError, match=r"layers_aside 2\.0 was replaced by 3\.0"):
         code.check()
+
+
+def test_of_packages_that_share_a_namespace_only_those_in_use_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new release of another one is no reason not to load the model again."""
+    folder = tmp_path / "site-packages"
+    (folder / "shared_name").mkdir(parents=True)
+    for part in ("used", "unused"):
+        install(folder, f"shared_name/{part}", "1.0")
+    monkeypatch.syspath_prepend(folder)
+    for name in ("shared_name", "shared_name.used"):
+        import_here(monkeypatch, name)
+    code = ImportedCode()
+    assert {name for name in code.known if "shared" in name} == {"package shared_name_used"}
+    install(folder, "shared_name/unused", "2.0")
+    code.check()
+    install(folder, "shared_name/used", "2.0")
+    with pytest.raises(ModelLoadError, match=r"shared_name_used 1\.0 was replaced by 2\.0"):
+        code.check()
+
+
+def test_a_package_whose_installer_wrote_no_list_of_files_is_known_by_its_modules(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of Linux distributions are; each of its modules may be a file or a folder."""
+    for name in ("listed_folder", "listed_file", "listed_aside"):
+        about = packages / f"{name}-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (about / "top_level.txt").write_text(f"{name}\n")
+    (packages / "listed_folder").mkdir()
+    for file in ("listed_folder/__init__.py", "listed_file.py", "listed_aside.py"):
+        (packages / file).touch()
+    for name in ("listed_folder", "listed_file"):
+        import_here(monkeypatch, name)
+    assert {name for name in ImportedCode().known if "listed" in name} == {
+        "package listed_folder",
+        "package listed_file",
+    }
 
 
 def test_processes_that_run_the_same_code_remember_the_same(packages: Path, project: Project, tmp_path: Path) -> None:
