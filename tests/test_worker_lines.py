@@ -32,9 +32,8 @@ from guardserve.totals import NO_ENGINE
 from guardserve.workers import Link, Pool, Supervisor
 from guardserve.workers import worker as worker_module
 from guardserve.workers.admission import Admission
+from guardserve.workers.contents import MODEL, PREPROCESSING, PROFILE
 from guardserve.workers.messages import (
-    MODEL,
-    PROFILE,
     Collect,
     Decide,
     Decided,
@@ -95,7 +94,6 @@ class Crew:
     def is_ready(self, worker: Worker, version: str, **loaded: str) -> None:
         """Let a worker be ready with a version."""
         worker.loaded = {MODEL: version, **loaded}
-        self.reloading.go_on()
         self.admission.go_on()
 
     def told(self, worker: Worker) -> list[Any]:
@@ -116,9 +114,9 @@ def test_all_workers_commit_when_all_have_the_same_version_and_then_the_answer_i
     one, two = crew.workers
     crew.reloading.begin((one, 7))
     assert crew.all_told() == [[Prepare(1)]] * 2
-    crew.reloading.hear(one, Prepared(1, "v2"))
+    crew.reloading.hear(one, Prepared(1, {MODEL: "v2"}))
     assert crew.all_told() == [[], []]
-    crew.reloading.hear(two, Prepared(1, "v2"))
+    crew.reloading.hear(two, Prepared(1, {MODEL: "v2"}))
     assert crew.all_told() == [[Decide(1, commit=True)]] * 2
     crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
     assert crew.all_told() == [[], []]
@@ -131,7 +129,9 @@ def test_all_workers_commit_when_all_have_the_same_version_and_then_the_answer_i
     ("second", "why"),
     [
         (Prepared(1, failure="its probe failed"), "its probe failed"),
-        (Prepared(1, "v3"), "files have changed meanwhile"),
+        (Prepared(1, {MODEL: "v3"}), "the workers differ in the model, as files have changed meanwhile: try again"),
+        (Prepared(1, {MODEL: "v2", PROFILE: "b"}), "differ in the reference profile, as"),
+        (Prepared(1, {MODEL: "v2", "package net": "2"}), "differ in package net, as"),
     ],
 )
 def test_no_worker_commits_when_one_has_another_version_or_none(second: Prepared, why: str) -> None:
@@ -139,7 +139,7 @@ def test_no_worker_commits_when_one_has_another_version_or_none(second: Prepared
     crew = Crew()
     one, two = crew.workers
     crew.reloading.begin((two, 1))
-    crew.reloading.hear(one, Prepared(1, "v2"))
+    crew.reloading.hear(one, Prepared(1, {MODEL: "v2", PROFILE: "a", "package net": "1"}))
     crew.reloading.hear(two, second)
     assert crew.all_told() == [[Prepare(1), Decide(1, commit=False)]] * 2
     crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
@@ -150,8 +150,8 @@ def test_no_worker_commits_when_one_has_another_version_or_none(second: Prepared
     assert why in outcome.failure
     crew.reloading.begin()
     assert crew.all_told() == [[Prepare(2)]] * 2
-    crew.reloading.hear(one, Prepared(1, "v2"))  # of the try before
-    crew.reloading.hear(two, Prepared(2, "v2"))
+    crew.reloading.hear(one, Prepared(1, {MODEL: "v2"}))  # of the try before
+    crew.reloading.hear(two, Prepared(2, {MODEL: "v2"}))
     assert crew.all_told() == [[], []]
 
 
@@ -160,7 +160,7 @@ def test_a_worker_that_ends_while_it_loads_keeps_the_others_from_it() -> None:
     crew = Crew(3)
     one, two, three = crew.workers
     crew.reloading.begin((one, 1))
-    crew.reloading.hear(two, Prepared(1, "v2"))
+    crew.reloading.hear(two, Prepared(1, {MODEL: "v2"}))
     three.forget()
     crew.reloading.lose(three)
     one.forget()
@@ -173,7 +173,7 @@ def test_a_worker_that_ends_while_it_loads_keeps_the_others_from_it() -> None:
     one, two = crew.workers
     crew.reloading.begin((one, 1))
     for worker in crew.workers:
-        crew.reloading.hear(worker, Prepared(1, "v2"))
+        crew.reloading.hear(worker, Prepared(1, {MODEL: "v2"}))
     crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
     two.forget()
     crew.reloading.lose(two)
@@ -192,44 +192,70 @@ def test_whoever_asks_meanwhile_is_told_so() -> None:
     assert (prepare, outcome.ticket, outcome.running) == (Prepare(1), 5, True)
 
 
-def test_a_worker_that_was_starting_loads_its_model_again_when_it_is_ready() -> None:
-    """It may have read the files before they changed; one that starts after that has read the new ones."""
+def test_a_worker_that_is_starting_starts_anew_when_the_model_is_loaded_again() -> None:
+    """It may have read the files before they changed; until it is ready again it takes no part, nor is it killed twice.
+
+    If the others could not load the new version, it is not the only one that has it.
+    """
     crew = Crew()
     one, two = crew.workers
     crew.restart(two)
+    process: Any = two.process
     crew.reloading.begin()
     assert crew.all_told() == [[Prepare(1)], []]
     crew.is_ready(two, "v1")
-    assert crew.told(two) == [], "not before the others have ended"
-    crew.reloading.hear(one, Prepared(1, "v2"))
+    assert crew.told(two) == [], "it has not heard yet that it is to end"
+    crew.reloading.hear(one, Prepared(1, {MODEL: "v2"}))
     crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
     crew.admission.go_on()
-    assert crew.all_told() == [[Decide(1, commit=True)], [Prepare(2)]]
-    crew.reloading.hear(two, Prepared(2, "v2"))
-    crew.reloading.hear(two, Decided(2, {MODEL: "v2"}))
-    crew.admission.go_on()
-    assert crew.told(two) == [Decide(2, commit=True), Listen()]
-    crew.restart(two)
-    crew.is_ready(two, "v2")
-    assert crew.told(two) == [Listen()]
+    crew.reloading.begin()
+    assert crew.all_told() == [[Decide(1, commit=True), Prepare(2)], []]
+    process.kill.assert_called_once()
+    crew.reloading.hear(one, Prepared(2, failure="no memory"))
+    crew.reloading.hear(one, Decided(2, {MODEL: "v2"}))
+    for version, told in (("v3", []), ("v2", [Listen()])):
+        crew.restart(two)
+        crew.reloading.lose(two)
+        crew.is_ready(two, version)
+        assert crew.told(two) == told
 
 
-def test_a_worker_that_was_starting_is_not_the_only_one_with_another_version() -> None:
-    """It is not asked where the others could not, and does not commit what they have not."""
+def test_loading_again_before_any_worker_answers_has_all_start_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """What the one has read and the other has not would differ, and nothing is waited for."""
+    crew = Crew()
+    for worker in crew.workers:
+        crew.restart(worker)
+    processes = [cast("mock.Mock", worker.process) for worker in crew.workers]
+    crew.reloading.begin()
+    for process in processes:
+        process.kill.assert_called_once()
+    assert (crew.reloading.running, crew.reloading.ends_by, crew.all_told()) == (False, None, [[], []])
+    assert caplog.messages == [f"worker {n} starts anew, with what the files hold now" for n in (1, 2)]
+
+
+def test_a_worker_that_is_being_ended_is_not_what_others_have_to_be_like() -> None:
+    """It answers nobody any more, nor is it asked to load its model again, or started anew at once for that."""
     crew = Crew()
     one, two = crew.workers
+    process: Any = one.process
+    one.end("does not report any more")
     crew.restart(two)
+    crew.is_ready(two, "v2")
+    assert (crew.told(two), two.held) == ([Listen()], False)
     crew.reloading.begin()
-    crew.is_ready(two, "v1")
-    crew.reloading.hear(one, Prepared(1, failure="no memory"))
-    crew.reloading.hear(one, Decided(1, {MODEL: "v1"}))
-    assert crew.all_told() == [[Prepare(1), Decide(1, commit=False)], []]
+    assert crew.all_told() == [[], [Prepare(1)]]
+    process.kill.assert_called_once()
+    assert not one.renewed
 
+
+def test_when_all_workers_end_while_they_load_the_model_nobody_has_loaded_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where that is not known yet when they are told."""
+    crew = Crew()
+    for worker in crew.workers:
+        crew.ends[worker].close()
     crew.reloading.begin()
-    crew.reloading.hear(one, Prepared(2, "v2"))
-    crew.reloading.hear(one, Decided(2, {MODEL: "v2"}))
-    crew.reloading.hear(two, Prepared(3, "v3"))
-    assert crew.told(two) == [Prepare(3), Decide(3, commit=False)]
+    assert not crew.reloading.running
+    assert "no worker is left" in caplog.text
 
 
 def test_a_worker_that_has_loaded_something_else_than_the_others_is_held_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -254,7 +280,7 @@ def test_a_worker_that_has_loaded_something_else_than_the_others_is_held_back(ca
     crew.reloading.lose(two)
     crew.is_ready(two, "v2")
     assert crew.told(two) == [], "the others answer with what they had still"
-    crew.reloading.hear(one, Prepared(1, "v2"))
+    crew.reloading.hear(one, Prepared(1, {MODEL: "v2"}))
     crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
     crew.admission.go_on()
     assert crew.told(two) == [Listen()]
@@ -268,6 +294,7 @@ def test_a_worker_that_has_loaded_something_else_than_the_others_is_held_back(ca
         ({"the code of net": "b"}, {"the code of net": "a"}, "the code of net; .*: start the server again, or"),
         ({"package torch": "3 b"}, {"package torch": "2 a"}, "package torch; .*: start the server again, or"),
         ({PROFILE: "b"}, {PROFILE: "a"}, "the reference profile; .* send SIGHUP"),
+        ({PREPROCESSING: "b"}, {PREPROCESSING: "a"}, "the image preprocessing; .* send SIGHUP"),
     ],
 )
 def test_a_worker_is_held_back_by_other_code_or_another_profile_too(
@@ -308,7 +335,7 @@ def test_a_worker_that_did_not_take_the_new_version_is_ended() -> None:
     one, two = crew.workers
     crew.reloading.begin()
     for worker in crew.workers:
-        crew.reloading.hear(worker, Prepared(1, "v2"))
+        crew.reloading.hear(worker, Prepared(1, {MODEL: "v2"}))
     crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
     crew.reloading.hear(two, Decided(1, {MODEL: "v1"}))
     healthy, stuck = (cast("mock.Mock", worker.process) for worker in crew.workers)
@@ -321,7 +348,7 @@ def test_a_worker_that_never_says_what_came_of_it_is_ended() -> None:
     crew = Crew()
     one, two = crew.workers
     crew.reloading.begin()
-    crew.reloading.hear(one, Prepared(1, "v2"))
+    crew.reloading.hear(one, Prepared(1, {MODEL: "v2"}))
     assert crew.reloading.ends_by is not None
     process: Any = two.process
     crew.reloading.give_up()
@@ -519,8 +546,9 @@ def test_a_worker_prepares_and_then_does_what_is_decided() -> None:
             supervisor.send(Prepare(2))
             prepared = await said()
             supervisor.send(Decide(2, commit=True))
-            assert await said() == Decided(2, {**ready.loaded, MODEL: prepared.version})
-            assert app.gateway.inference.versions[-1] == prepared.version != first.versions[-1]
+            version = prepared.loaded[MODEL]
+            assert await said() == Decided(2, {**ready.loaded, MODEL: version}) == Decided(2, prepared.loaded)
+            assert app.gateway.inference.versions[-1] == version != first.versions[-1]
             supervisor.send(Prepare(3))
             assert "StopIteration" in (await said()).failure
             assert app.metrics.reloads == {"done": 1, "failed": 2}

@@ -140,7 +140,7 @@ class Versions:
             await self.prepare()
             self.commit()
 
-    async def prepare(self) -> str:
+    async def prepare(self) -> Inference:
         """Load the model again, and have the new version ready; it takes no request before :meth:`commit`.
 
         Returns:
@@ -165,7 +165,7 @@ class Versions:
             text = f"{name} was not reloaded, {old.versions[-1]} goes on: {text}"
             _log.error("%s", text, exc_info=error.__cause__ if known else error)
             raise ReloadError(text) from error
-        return self._next.versions[-1]
+        return self._next
 
     def commit(self) -> None:
         """Let the version that is ready answer."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from guardserve.workers.messages import MODEL, PROFILE, Listen
+from guardserve.workers.contents import RELOADED, Contents, differences
+from guardserve.workers.messages import Listen
 from guardserve.workers.reloading import Reloading
 from guardserve.workers.worker import Worker
 
@@ -34,12 +35,12 @@ class Admission:
         if self._reloading.running:
             return
         for worker in self._workers:
-            if worker.loaded is not None and not (worker.admitted or worker.renewed):
-                self._decide(worker)
+            if worker.loaded is not None and not (worker.admitted or worker.ending):
+                self._decide(worker, worker.loaded)
 
-    def _decide(self, worker: Worker) -> None:
-        mate = next((other for other in self._workers if other.admitted), None)
-        differing = {} if mate is None else _differing(worker, mate)
+    def _decide(self, worker: Worker, loaded: Contents) -> None:
+        others = next((other.loaded for other in self._workers if other.answers and other.loaded is not None), {})
+        differing = differences(loaded, others)
         if not differing:
             if worker.held:
                 _log.warning("worker %d answers: no worker that has loaded anything else is left", worker.number)
@@ -51,20 +52,9 @@ class Admission:
                 "the files have changed, or give something else each time. %s to process %d",
                 worker.number,
                 ", ".join(differing.values()),
-                _remedy(differing),
+                "To have all workers take the new files, or the old ones once they are back, send SIGHUP"
+                if differing.keys() <= RELOADED
+                else "No reload imports code again: start the server again, or put the old code back and send SIGHUP",
                 os.getpid(),
                 extra={"event": "worker", "worker": worker.number},
             )
-
-
-def _differing(worker: Worker, mate: Worker) -> dict[str, str]:
-    """Return what two workers have both loaded, but not alike, in words; code that only one has imported may wait."""
-    mine, others = worker.loaded or {}, mate.loaded or {}
-    differing = sorted(part for part in mine.keys() & others.keys() if mine[part] != others[part])
-    return {part: f"{part} ({mine[part]}, not {others[part]})" if part == MODEL else part for part in differing}
-
-
-def _remedy(differing: Collection[str]) -> str:
-    if {MODEL, PROFILE}.issuperset(differing):
-        return "To have all workers take the new files, or the old ones once they are back, send SIGHUP"
-    return "No reload imports code again: start the server again, or put the old code back and send SIGHUP"

@@ -24,10 +24,9 @@ from guardserve.loading.imported import ImportedCode
 from guardserve.metrics import Metrics, pooled_families
 from guardserve.monitor import Seen
 from guardserve.service.versions import ReloadError, ReloadRunningError, Versions
+from guardserve.workers.contents import contents
 from guardserve.workers.families import replaced
 from guardserve.workers.messages import (
-    MODEL,
-    PROFILE,
     Collect,
     Decide,
     Decided,
@@ -96,7 +95,7 @@ class Link(Collector):
         """
         self._versions = versions
         self._loop = asyncio.get_running_loop()
-        self._say(Ready(self._loaded()))
+        self._say(Ready(contents(versions.current, self._code)))
 
     def up(self) -> None:
         """Say that this worker takes connections."""
@@ -151,15 +150,6 @@ class Link(Collector):
         verdict = runtime.monitor.judge(seen, pooled.detection)
         yield from replaced(pooled.families, list(pooled_families(runtime.name, verdict)))
 
-    def _loaded(self) -> dict[str, str]:
-        """Return what a worker that loads the same files as this one would have, too."""
-        profile = self._versions.current.runtime.monitor.reference
-        return {
-            **self._code.known,
-            MODEL: self._versions.current.versions[-1],
-            PROFILE: "" if profile is None else profile.digest,
-        }
-
     def _say(self, message: Upward) -> None:
         try:
             self._line.send(message)
@@ -198,7 +188,7 @@ class Link(Collector):
 
     async def _prepare(self, message: Prepare) -> None:
         try:
-            answer = Prepared(message.number, await self._versions.prepare())
+            answer = Prepared(message.number, contents(await self._versions.prepare(), self._code))
         except ReloadError as error:
             answer = Prepared(message.number, failure=str(error))
         except Exception as error:  # noqa: BLE001 - the others wait for an answer
@@ -212,7 +202,7 @@ class Link(Collector):
                 self._versions.commit()
         except Exception:  # noqa: BLE001 - the others wait for an answer
             _log.exception("this worker could not let the new version of its model answer")
-        decided = Decided(message.number, self._loaded())
+        decided = Decided(message.number, contents(self._versions.current, self._code))
         self._answers.put(lambda: decided)
         await self._versions.abandon()
 

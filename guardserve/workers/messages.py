@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import pickle  # nosec B403
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
 from guardserve.monitor import Detection, Seen, Summary
+from guardserve.workers.contents import Contents
 from guardserve.workers.families import Families
-
-MODEL = "the model"
-"""What stands in :attr:`Ready.loaded` for the model's weights and structure."""
-
-PROFILE = "the reference profile"
-"""What stands there for the profile."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +19,10 @@ class Ready:
     """The model of a worker has passed its probe; the worker takes connections when it is told to.
 
     Attributes:
-        loaded: What the worker runs, part by part: the model, the profile, and the code that was imported for them.
+        loaded: What the worker runs.
     """
 
-    loaded: Mapping[str, str]
+    loaded: Contents
 
 
 @dataclass(frozen=True)
@@ -148,12 +143,12 @@ class Prepared:
 
     Attributes:
         number: That of the :class:`Prepare`.
-        version: The new version.
+        loaded: What makes up the new version.
         failure: Why there is none.
     """
 
     number: int
-    version: str = ""
+    loaded: Contents = field(default_factory=dict)
     failure: str | None = None
 
 
@@ -176,11 +171,11 @@ class Decided:
 
     Attributes:
         number: That of the :class:`Decide`.
-        loaded: What it runs now: see :class:`Ready`.
+        loaded: What it runs now.
     """
 
     number: int
-    loaded: Mapping[str, str]
+    loaded: Contents
 
 
 @dataclass(frozen=True)

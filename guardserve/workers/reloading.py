@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from guardserve.service.versions import LOAD_TIMEOUT
-from guardserve.workers.messages import MODEL, Decide, Decided, Outcome, Prepare, Prepared
+from guardserve.workers.contents import Contents, differences
+from guardserve.workers.messages import Decide, Decided, Outcome, Prepare, Prepared
 from guardserve.workers.worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -22,9 +23,8 @@ class Reloading:
     """Has the workers load their model again, in two steps.
 
     First each loads and probes the new version beside the old one, and says so. When all have the same one, each is
-    told to let it answer; if one of them has not, or ends meanwhile, each is told to drop it. A worker that is
-    starting may have begun before the files were changed: it is told when it is ready. One that was held back starts
-    anew: its code may be another than what the files hold now.
+    told to let it answer; if one of them has not, or ends meanwhile, each is told to drop it. A worker that answers
+    nobody starts anew: it may have begun before the files were changed, or have other code than they hold now.
 
     Args:
         workers: All of them, also those that do not take connections now.
@@ -39,8 +39,7 @@ class Reloading:
         self._step: Literal["none", "prepare", "decide"] = "none"
         self._taking_part: list[Worker] = []
         self._waiting: set[Worker] = set()
-        self._versions: set[str] = set()
-        self._committed: str | None = None
+        self._prepared: list[Contents] = []
         self._failure: str | None = None
         self._asker: tuple[Worker, int] | None = None
         self.ends_by: float | None = None
@@ -59,12 +58,15 @@ class Reloading:
             else:
                 asker[0].tell(Outcome(asker[1], text, running=True))
             return
-        self._committed = None
         for worker in self._workers:
-            if worker.held:
+            if not worker.admitted:
                 worker.renew()
-            worker.outdated = worker.process is not None and not (worker.admitted or worker.held)
-        self._ask([worker for worker in self._workers if worker.admitted], asker)
+        self._taking_part = [worker for worker in self._workers if worker.answers]
+        if self._taking_part:
+            self._number += 1
+            self._failure, self._asker, self._prepared = None, asker, []
+            self._tell("prepare", Prepare(self._number))
+            self._go_on()
 
     def hear(self, worker: Worker, message: Prepared | Decided) -> None:
         """Take a worker's answer."""
@@ -72,12 +74,13 @@ class Reloading:
             return
         if isinstance(message, Prepared) == (self._step == "prepare"):
             self._waiting.discard(worker)
-            if isinstance(message, Prepared):
-                self._fail(message.failure)
-                self._versions.add(message.version)
-            else:
+            if isinstance(message, Decided):
                 worker.loaded = message.loaded
-            self.go_on()
+            elif message.failure is None:
+                self._prepared.append(message.loaded)
+            else:
+                self._fail(message.failure)
+            self._go_on()
 
     def lose(self, worker: Worker) -> None:
         """Note that a worker has ended; one that takes its place loads what there is then."""
@@ -86,7 +89,7 @@ class Reloading:
         if worker in self._waiting:
             self._waiting.discard(worker)
             self._fail(f"worker {worker.number} has ended while it loaded the model")
-        self.go_on()
+        self._go_on()
 
     def give_up(self) -> None:
         """End the workers that say nothing; their end is heard of."""
@@ -94,31 +97,23 @@ class Reloading:
         for worker in self._waiting:
             worker.end("does not say what came of loading its model")
 
-    def go_on(self) -> None:
+    def _go_on(self) -> None:
         """Take the next step, if nobody is waited for."""
         if self._waiting:
             return
         if self._step == "prepare":
-            if len(self._versions) > 1:
-                self._fail("the workers have loaded different versions, as files have changed meanwhile: try again")
+            self._compare()
             self._tell("decide", Decide(self._number, commit=self._failure is None))
         if self._step == "decide" and not self._waiting:
             self._end()
-        late = [worker for worker in self._workers if worker.outdated and worker.loaded is not None]
-        if late and not self.running:
-            for worker in late:
-                worker.outdated = False
-            self._ask(late, None)
 
-    def _ask(self, workers: Sequence[Worker], asker: tuple[Worker, int] | None) -> None:
-        if not workers:
-            return
-        self._number += 1
-        self._failure, self._asker = None, asker
-        self._versions = set() if self._committed is None else {self._committed}
-        self._taking_part = list(workers)
-        self._tell("prepare", Prepare(self._number))
-        self.go_on()
+    def _compare(self) -> None:
+        """Find out whether all have loaded the same."""
+        if not self._prepared:
+            self._fail("no worker is left that could have loaded it")
+        differing = sorted({part for other in self._prepared for part in differences(other, self._prepared[0])})
+        if differing:
+            self._fail(f"the workers differ in {', '.join(differing)}, as files have changed meanwhile: try again")
 
     def _tell(self, step: Literal["prepare", "decide"], message: Prepare | Decide) -> None:
         """Begin a step."""
@@ -129,19 +124,16 @@ class Reloading:
     def _end(self) -> None:
         if self._failure is None:
             _log.warning("%d workers have loaded their model again", len(self._taking_part))
-            self._committed = next(iter(self._versions), None)
             for worker in self._taking_part:
-                if worker.loaded is not None and worker.loaded[MODEL] != self._committed:
+                if worker.loaded is not None and differences(worker.loaded, self._prepared[0]):
                     worker.end("could not let the new version answer")
         else:
-            for worker in self._workers:  # those that were starting must not be the only ones
-                worker.outdated = False
             _log.error("no worker has another version of its model: %s", self._failure)
         self._step, self.ends_by = "none", None
         if self._asker is not None:
             self._asker[0].tell(Outcome(self._asker[1], self._failure))
 
-    def _fail(self, reason: str | None) -> None:
+    def _fail(self, reason: str) -> None:
         """Remember the first failure."""
         if self._step == "prepare" and self._failure is None:
             self._failure = reason

@@ -283,7 +283,6 @@ class Supervisor:
     def _take(self, worker: Worker, message: object) -> None:
         if isinstance(message, Ready):
             worker.loaded = message.loaded
-            self._reloading.go_on()
         elif isinstance(message, Up):
             self._is_up(worker)
         elif isinstance(message, Failed):

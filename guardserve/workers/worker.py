@@ -7,10 +7,10 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
+from guardserve.workers.contents import Contents
 from guardserve.workers.messages import Downward, Line, Report
 
 _log = logging.getLogger(__name__)
@@ -39,11 +39,16 @@ class Worker:
         self.deaths = 0
         self.reason: str | None = None
         self.lost = False
-        self.outdated = False
-        self.loaded: Mapping[str, str] | None = None
+        self.loaded: Contents | None = None
         self.admitted = False
         self.held = False
+        self.ending = False
         self.renewed = False
+
+    @property
+    def answers(self) -> bool:
+        """Whether what it has loaded is what clients are answered by, and is to be so on."""
+        return self.admitted and not self.ending
 
     @property
     def up(self) -> bool:
@@ -81,12 +86,14 @@ class Worker:
         """End the process at once."""
         if self.process is not None:
             _log.error("worker %d %s: it is killed", self.number, reason)
+            self.ending = True
             self.process.kill()
 
     def renew(self) -> None:
         """End the process, which has not answered anybody, to have another load what the files hold now."""
-        if self.process is not None:
-            self.renewed = True
+        if self.process is not None and not self.ending:
+            _log.warning("worker %d starts anew, with what the files hold now", self.number)
+            self.ending = self.renewed = True
             self.process.kill()
 
     def hang_up(self) -> None:
@@ -101,7 +108,7 @@ class Worker:
         self.process = self.report = self.up_since = self.silent_since = None
         self.loaded = None
         self.asked = 0
-        self.outdated = self.admitted = self.held = self.renewed = False
+        self.admitted = self.held = self.ending = self.renewed = False
 
 
 def limit(connection: Connection) -> None:
