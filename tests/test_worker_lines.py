@@ -22,6 +22,7 @@ from serving import loaded, wait_until
 from torch import nn
 
 from guardserve import Monitor, ReferenceProfile
+from guardserve.exceptions import GuardserveError
 from guardserve.loading.imported import ImportedCode
 from guardserve.metrics import Metrics
 from guardserve.monitor import Seen
@@ -309,6 +310,20 @@ def test_a_worker_is_held_back_by_other_code_or_another_profile_too(
     assert two.held == (says is not None)
     assert says is None or re.search(says, caplog.text)
     assert crew.told(two) == ([Listen()] if says is None else [])
+
+
+def test_a_model_that_is_another_each_time_is_refused_when_workers_first_start() -> None:
+    """No second worker would ever answer; files that are replaced later are no reason to end."""
+    crew = Crew()
+    one, two = crew.workers
+    crew.restart(two)
+    one.starts = two.starts = 1
+    with pytest.raises(GuardserveError, match=r"workers 1 and 2 .* the model \(v2, not v1\)\. .* a seed, or --weights"):
+        crew.is_ready(two, "v2")
+    assert crew.told(two) == []
+    two.starts = 2
+    crew.admission.go_on()
+    assert two.held
 
 
 def test_a_worker_that_is_held_back_answers_when_nobody_else_does(caplog: pytest.LogCaptureFixture) -> None:

@@ -91,6 +91,17 @@ def failing():
     return Fails()
 
 
+class Random(Named):
+    def __init__(self):
+        super().__init__()
+        self.bn.weight = nn.Parameter(torch.rand(3))
+
+
+@example_input(x=torch.zeros(1, 3))
+def random():
+    return Random()
+
+
 # files in the working directory say what loads now
 class Numbered(nn.Module):
     def __init__(self, number):
@@ -397,9 +408,12 @@ def test_all_workers_load_the_model_again_or_none_does(tmp_path: Path) -> None:
         assert {number for number, _ in numbers(port).values()} == {4.0}
 
 
-@pytest.mark.parametrize(("model", "says"), [("broken", "no such weights"), ("failing", "no forward")])
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [("broken", "no such weights"), ("failing", "no forward"), ("random", "made at random needs a seed, or --weights")],
+)
 def test_workers_that_cannot_start_end_the_command_with_their_reason(tmp_path: Path, model: str, says: str) -> None:
-    """The status is not 0, and one line says what one process alone would; also of a model that fails its probe."""
+    """The status is not 0, and one line says why: also of a model that fails its probe or is made at random."""
     (tmp_path / "namedmodel.py").write_text(MODEL)
     command = [str(PROGRAM), "serve", f"namedmodel:{model}", "--workers", "2", "--port", "0", "--log-level", "error"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False)

@@ -6,7 +6,8 @@ import logging
 import os
 from collections.abc import Sequence
 
-from guardserve.workers.contents import RELOADED, Contents, differences
+from guardserve.exceptions import GuardserveError
+from guardserve.workers.contents import MODEL, RELOADED, Contents, differences
 from guardserve.workers.messages import Listen
 from guardserve.workers.reloading import Reloading
 from guardserve.workers.worker import Worker
@@ -19,7 +20,8 @@ class Admission:
 
     A worker that is started again loads what the files hold then. If they were changed and nobody has had the workers
     load them again, it would answer otherwise than its mates, and clients would get the one's or the other's answer by
-    chance. It is held back, ready, until all load the new files, or none that has the old ones is left.
+    chance. It is held back, ready, until all load the new files, or none that has the old ones is left. A model that is
+    another each time it is made would let no second worker answer, ever: that is refused when they first start.
 
     Args:
         workers: All of them.
@@ -31,7 +33,11 @@ class Admission:
         self._reloading = reloading
 
     def go_on(self) -> None:
-        """Decide about those that are ready."""
+        """Decide about those that are ready.
+
+        Raises:
+            GuardserveError: If the model is another each time.
+        """
         if self._reloading.running:
             return
         for worker in self._workers:
@@ -39,8 +45,14 @@ class Admission:
                 self._decide(worker, worker.loaded)
 
     def _decide(self, worker: Worker, loaded: Contents) -> None:
-        others = next((other.loaded for other in self._workers if other.answers and other.loaded is not None), {})
-        differing = differences(loaded, others)
+        mate = next((other for other in self._workers if other.answers), None)
+        differing = {} if mate is None else differences(loaded, mate.loaded or {})
+        if mate is not None and worker.starts == mate.starts == 1 and differing.keys() == {MODEL}:
+            raise GuardserveError(
+                f"workers {mate.number} and {worker.number} have loaded different models from the same arguments: "
+                f"{differing[MODEL]}. A model that is made at random needs a seed, or --weights; if its files were "
+                "being replaced, start the server again"
+            )
         if not differing:
             if worker.held:
                 _log.warning("worker %d answers: no worker that has loaded anything else is left", worker.number)

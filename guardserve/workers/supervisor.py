@@ -87,6 +87,7 @@ class Supervisor:
         self._timeout = timeout
         self._signals: list[int] = []
         self._ends_by: float | None = None
+        self._failure: GuardserveError | None = None
         self._restarts = 0
         self._failed_starts = 0
         self._was_up = False
@@ -115,6 +116,8 @@ class Supervisor:
             while any(worker.process is not None for worker in self._workers) or self._ends_by is None:
                 self._turn(wakeup)
             self._pool.save()
+        if self._failure is not None:
+            raise self._failure
         killed = [worker.number for worker in self._workers if worker.lost]
         if killed:
             raise GuardserveError(f"workers {killed} did not answer all that they had accepted: see the log")
@@ -155,8 +158,17 @@ class Supervisor:
             self._pool.save()
         self._rounds.in_time(now)
         if self._ends_by is None:
-            self._admission.go_on()
+            self._admit()
         self._have_answered()
+
+    def _admit(self) -> None:
+        """Let workers take connections, or have all end what they have accepted, and themselves."""
+        try:
+            self._admission.go_on()
+        except GuardserveError as error:
+            self._failure = error
+            _log.error("the workers finish what they have accepted, and end: %s", error)
+            self._end()
 
     def _have_answered(self) -> None:
         """Have what connects answered by whoever can."""
@@ -260,6 +272,7 @@ class Supervisor:
             self._put_off(worker, None, None)
         else:
             worker.process, worker.line, worker.reason = process, Line(mine), None
+            worker.starts += 1
         finally:
             signal.signal(signal.SIGINT, before)
             theirs.close()

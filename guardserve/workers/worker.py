@@ -30,6 +30,7 @@ class Worker:
         self.number = number
         self.process: SpawnProcess | None = None
         self.line: Line | None = None
+        self.starts = 0
         self.report: Report | None = None
         self.fresh = False
         self.asked = 0
