@@ -439,6 +439,24 @@ def test_what_several_workers_cannot_do_is_refused_before_they_start(options: li
     assert says in result.output
 
 
+def test_all_workers_take_the_api_keys_that_were_there_at_the_start(tmp_path: Path) -> None:
+    """One that is started again reads no file that has changed: which keys open would depend on who answers."""
+    path = tmp_path / "keys"
+    path.write_text("first-key-of-the-file\n")
+    options = ["--workers", "2", "--port", "0", "--api-key-file", str(path)]
+    with mock.patch.object(Supervisor, "run", autospec=True) as run:
+        result = CliRunner().invoke(
+            main, ["serve", "demo", *options], env={"GUARDSERVE_API_KEYS": "key-of-environment"}
+        )
+    assert result.exit_code == 0, result.output
+    (supervisor,) = run.call_args.args
+    for sock in supervisor._sockets:
+        sock.close()
+    _, settings = supervisor._arguments
+    assert settings.api_keys == ("key-of-environment", "first-key-of-the-file")
+    assert settings.api_key_file is None
+
+
 def test_sockets_of_several_addresses_share_a_port_and_refuse_until_somebody_listens() -> None:
     """A free port is the same for all; a taken one is an error that names it."""
     sockets = bind("localhost", 0)

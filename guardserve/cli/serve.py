@@ -121,6 +121,8 @@ def _supervise(model: str, settings: ServeSettings) -> None:
             "reference": path,
             "reference_from_traffic": None,
             "state": None,  # the pool's, which judges what all workers have seen
+            "api_keys": tuple(_keys(settings)),  # as they are now, also for a worker that is started again
+            "api_key_file": None,
         }
     )
     sockets = bind(settings.host, settings.port)
@@ -292,9 +294,13 @@ def _check_threshold(settings: ServeSettings, reference: ReferenceProfile | None
         )
 
 
+def _keys(settings: ServeSettings) -> list[str]:
+    return [*settings.api_keys, *([] if settings.api_key_file is None else read_keys(settings.api_key_file))]
+
+
 def _access(settings: ServeSettings) -> Access:
     """Read the API keys, and insist on some where others can reach the server."""
-    keys = [*settings.api_keys, *(read_keys(settings.api_key_file) if settings.api_key_file is not None else ())]
+    keys = _keys(settings)
     if not keys and not settings.allow_anonymous and not is_loopback(settings.host):
         raise SettingsError(
             f"--host {settings.host} can be reached from other machines, and there is no API key: give --api-key-file "
