@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,17 @@ def test_imports_go_downward_only(path: Path) -> None:
     level = next(i for i, rooms in enumerate(LEVELS) if own in rooms)
     below = set().union(*LEVELS[:level])
     assert imports(path) - {own} <= below
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also within a room: whichever is imported first works."""
+    graph: dict[str, set[str]] = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found = graph[".".join(parts).removesuffix(".__init__")] = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    TopologicalSorter({name: found & graph.keys() - {name} for name, found in graph.items()}).prepare()

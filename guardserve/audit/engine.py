@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from guardserve.audit import mode_rules, probe_rules, statistics_rules, structure_rules
 from guardserve.audit.registry import Gap, Hit, find_rules
 from guardserve.audit.report import Finding, Report, Skipped
 from guardserve.audit.subject import Subject, Unchecked
@@ -24,9 +23,6 @@ _PROBES = "BN1"
 """What the codes of the rules start with that run the model."""
 
 _log = logging.getLogger(__name__)
-
-RULE_MODULES = (mode_rules, statistics_rules, structure_rules, probe_rules)
-"""Importing them fills the register of rules."""
 
 
 def audit(model: Model, example: Any = None, *, select: Iterable[str] = (), ignore: Iterable[str] = ()) -> Report:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import guardserve.audit.engine  # noqa: F401 - registers the rules
 from guardserve.audit.registry import RULES, find_rules
 
 BEGIN, END = "<!-- rules -->", "<!-- end of rules -->"
