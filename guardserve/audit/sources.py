@@ -17,7 +17,7 @@ from guardserve.audit.onnx_graph import onnx_subject
 from guardserve.audit.subject import Subject
 from guardserve.exceptions import ModelLoadError
 from guardserve.loading.checkpoints import load_pickled_module, load_weights
-from guardserve.loading.devices import resolve_device
+from guardserve.loading.devices import placed, resolve_device
 from guardserve.loading.examples import find_example
 from guardserve.loading.factories import build, is_reference
 from guardserve.loading.files import FileKind, file_kind, reason
@@ -79,7 +79,7 @@ def load_source(
         if weights is not None:
             load_weights(module, Path(weights), allow_pickle=allow_pickle)
         shown = _factory_example(module, factory, flags) if given is None else given
-        return Source(source, _module_subject(_placed(module, place), shown), *_definition(factory))
+        return Source(source, _module_subject(placed(module, place), shown), *_definition(factory))
     path = Path(reference)
     if weights is not None:
         raise ModelLoadError(f"weights are for a factory's model, but {path} is a file: leave them out")
@@ -103,7 +103,7 @@ def _file_subject(path: Path, device: torch.device, flags: InputFlags, given: An
         return Subject.of_state_dict(state, flags.shapes or given)
     module = load_pickled_module(path, allow_pickle=allow_pickle)
     shown = _factory_example(module, None, flags) if given is None else given
-    return _module_subject(_placed(module, device), shown)
+    return _module_subject(placed(module, device), shown)
 
 
 def _module_subject(module: nn.Module, example: Any) -> Subject:
@@ -166,13 +166,6 @@ def _made_up(specs: Sequence[TensorSpec]) -> tuple[torch.Tensor, ...]:
     """Make an example; whole numbers come in two rows of different lengths, as one of zeros shows nothing."""
     rows = 1 if all(spec.dtype.is_floating_point for spec in specs) else 2
     return tuple(spec.example(rows, varied=True) for spec in specs)
-
-
-def _placed(module: nn.Module, device: torch.device) -> nn.Module:
-    try:
-        return module.to(device)
-    except Exception as error:
-        raise ModelLoadError(f"the model cannot be moved to {device}: {reason(error)}") from error
 
 
 def _definition(factory: Any) -> tuple[Path | None, int | None]:

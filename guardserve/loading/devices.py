@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import torch
+from torch import nn
 
-from guardserve.exceptions import SettingsError
+from guardserve.exceptions import ModelLoadError, SettingsError
+from guardserve.loading.files import reason
 
 _DEVICE = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
 
@@ -37,3 +39,15 @@ def resolve_device(device: str) -> torch.device:
     if index >= count:
         raise SettingsError(f"device {device!r} does not exist: the CUDA devices here are cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", index)
+
+
+def placed(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to a device.
+
+    Raises:
+        ModelLoadError: It cannot be moved there.
+    """
+    try:
+        return module.to(device)
+    except Exception as error:
+        raise ModelLoadError(f"the model cannot be moved to {device}: {reason(error)}") from error

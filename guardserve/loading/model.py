@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,10 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from guardserve.exceptions import ModelLoadError
 from guardserve.loading.checkpoints import load_pickled_module, load_weights
-from guardserve.loading.devices import resolve_device
+from guardserve.loading.devices import placed, resolve_device
 from guardserve.loading.examples import find_example
 from guardserve.loading.factories import build, is_reference
-from guardserve.loading.files import FileKind, file_kind, reason
+from guardserve.loading.files import FileKind, file_kind
 from guardserve.loading.inputs import InputFlags, agreed_specs, forward_parameters, input_specs
 from guardserve.loading.preprocessing import ImagePreprocessing, find_preprocessing
 from guardserve.loading.programs import load_exported, load_torchscript
@@ -25,6 +25,9 @@ from guardserve.signature import TensorSpec
 
 ALIASES = {"demo": "guardserve.demo.model:digits_cnn"}
 """Short names of sources."""
+
+EAGER, TORCHSCRIPT, EXPORT = "pytorch_eager", "pytorch_torchscript", "pytorch_export"
+"""Platforms, as clients are told."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _DECLARE = "decorate the factory with @example_input(torch.zeros(1, ...)), or give --input-shape {name}=3,224,224"
@@ -97,26 +100,27 @@ def load_model(
     with torch.inference_mode(mode=False):
         if is_reference(reference):
             served_as = _name(name, reference.rpartition(":")[2].rpartition(".")[2])
-            module, factory = build(reference)
-            _check_apart(reference, module, beside)
-            if weights is not None:
-                load_weights(module, Path(weights), allow_pickle=allow_pickle)
-            inputs = input_specs(forward_parameters(module), find_example(factory, module), flags, _DECLARE)
-            platform = "pytorch_torchscript" if isinstance(module, torch.jit.ScriptModule) else "pytorch_eager"
-            declared = find_preprocessing(factory, module)
+            found = _from_factory(reference, weights, beside, flags, allow_pickle=allow_pickle)
         else:
             path = Path(reference)
             kind = file_kind(path)
             if weights is not None:
                 raise ModelLoadError(f"weights are for a factory's model, but {path} is a {kind.value}: leave them out")
             served_as = _name(name, path.stem)
-            module, inputs, platform = _from_file(path, kind, target, flags, allow_pickle=allow_pickle)
-            declared = find_preprocessing(module)
-        module = _on_device(module, target)
-    preprocessing = declared if image_preprocessing is None else ImagePreprocessing.parse(image_preprocessing)
-    if preprocessing is not None:
-        _check_preprocessing(preprocessing, inputs)
-    return LoadedModel(served_as, module, inputs, platform, target, source, preprocessing)
+            found = _from_file(path, kind, target, flags, allow_pickle=allow_pickle)
+        _check_usable(found.module)
+        module = placed(found.module, target)
+    preprocessing = _preprocessing(image_preprocessing, found)
+    return LoadedModel(served_as, module, found.inputs, found.platform, target, source, preprocessing)
+
+
+class _Found(NamedTuple):
+    """What a source gives."""
+
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    platform: str
+    factory: object = None
 
 
 def _name(given: str | None, default: str) -> str:
@@ -138,37 +142,49 @@ def _check_apart(reference: str, module: nn.Module, beside: nn.Module | None) ->
         )
 
 
-def _check_preprocessing(preprocessing: ImagePreprocessing, inputs: Sequence[TensorSpec]) -> None:
-    if len(inputs) != 1:
-        names = ", ".join(spec.name for spec in inputs)
-        raise ModelLoadError(f"image preprocessing is for models with one input, but this one takes {names}")
-    preprocessing.check(inputs[0])
+def _from_factory(
+    reference: str, weights: str | Path | None, beside: nn.Module | None, flags: InputFlags, *, allow_pickle: bool
+) -> _Found:
+    module, factory = build(reference)
+    _check_apart(reference, module, beside)
+    if weights is not None:
+        load_weights(module, Path(weights), allow_pickle=allow_pickle)
+    inputs = input_specs(forward_parameters(module), find_example(factory, module), flags, _DECLARE)
+    return _Found(module, inputs, TORCHSCRIPT if isinstance(module, torch.jit.ScriptModule) else EAGER, factory)
 
 
-def _from_file(
-    path: Path, kind: FileKind, device: torch.device, flags: InputFlags, *, allow_pickle: bool
-) -> tuple[nn.Module, tuple[TensorSpec, ...], str]:
+def _from_file(path: Path, kind: FileKind, device: torch.device, flags: InputFlags, *, allow_pickle: bool) -> _Found:
     if kind is FileKind.EXPORT:
         module, fixed = load_exported(path, device, allow_pickle=allow_pickle)
-        return module, agreed_specs(fixed, flags), "pytorch_export"
+        return _Found(module, agreed_specs(fixed, flags), EXPORT)
     if kind is FileKind.TORCHSCRIPT:
         scripted = load_torchscript(path, device)
-        return scripted, input_specs(forward_parameters(scripted), None, flags, _FLAG), "pytorch_torchscript"
+        return _Found(scripted, input_specs(forward_parameters(scripted), None, flags, _FLAG), TORCHSCRIPT)
     pickled = load_pickled_module(path, allow_pickle=allow_pickle)
-    return pickled, input_specs(forward_parameters(pickled), find_example(pickled), flags, _DECLARE), "pytorch_eager"
+    return _Found(pickled, input_specs(forward_parameters(pickled), find_example(pickled), flags, _DECLARE), EAGER)
 
 
-def _on_device(module: nn.Module, device: torch.device) -> nn.Module:
-    if any(is_lazy(tensor) for tensor in itertools.chain(module.parameters(), module.buffers())):
+def _check_usable(module: nn.Module) -> None:
+    """Refuse a model whose parameters have no shape yet, or can never change."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(is_lazy(tensor) for tensor in tensors):
         raise ModelLoadError(
             "the model has lazy layers that have no shape yet: run one forward in its factory, or give --weights"
         )
-    if any(tensor.is_inference() for tensor in itertools.chain(module.parameters(), module.buffers())):
+    if any(tensor.is_inference() for tensor in tensors):
         raise ModelLoadError(
             "the model was built under torch.inference_mode(), so that its state can never be updated or restored: "
             "build it outside, or under torch.no_grad()"
         )
-    try:
-        return module.to(device)
-    except Exception as error:
-        raise ModelLoadError(f"the model cannot be moved to {device}: {reason(error)}") from error
+
+
+def _preprocessing(given: str | None, found: _Found) -> ImagePreprocessing | None:
+    """Return how images become the only input: as the user says, or else as the factory or the model declares it."""
+    declared = find_preprocessing(found.factory, found.module)
+    preprocessing = declared if given is None else ImagePreprocessing.parse(given)
+    if preprocessing is not None:
+        if len(found.inputs) != 1:
+            names = ", ".join(spec.name for spec in found.inputs)
+            raise ModelLoadError(f"image preprocessing is for models with one input, but this one takes {names}")
+        preprocessing.check(found.inputs[0])
+    return preprocessing
