@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import HTTPException, RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import Lifespan, Receive, Scope, Send
 
 from guardserve import __version__
 from guardserve.identity import Identity, identified
@@ -124,36 +124,46 @@ def create_app(
     watch = Watch(runtime, metrics)
     versions = Versions(gateway, metrics, watch, life, serve=serve, load=load, together=together)
 
+    app = Service(
+        title="guardserve",
+        version=__version__,
+        summary=f"Serves {metrics.model} behind BatchNorm safeguards.",
+        lifespan=_lifespan(versions, watch, life, shutdown_timeout),
+        redirect_slashes=False,
+        exception_handlers={
+            StarletteHTTPException: _http_error,
+            RequestValidationError: _validation_error,
+            Exception: _unexpected,
+        },
+    )
+    app.life, app.metrics, app.access, app.gateway, app.versions = life, metrics, access or Access(), gateway, versions
+    for router in _routers(app, watch, reloads=load is not None):
+        app.include_router(router)
+    return app
+
+
+def _lifespan(versions: Versions, watch: Watch, life: Life, timeout: float) -> Lifespan[FastAPI]:
+    """Return what is done around serving."""
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         versions.start()
         watch.start()
         yield
         life.close()
-        await versions.close(shutdown_timeout)
+        await versions.close(timeout)
 
-    app = Service(
-        title="guardserve",
-        version=__version__,
-        summary=f"Serves {metrics.model} behind BatchNorm safeguards.",
-        lifespan=lifespan,
-        redirect_slashes=False,
-    )
-    app.life = life
-    app.metrics = metrics
-    app.access = access or Access()
-    app.gateway = gateway
-    app.versions = versions
-    app.include_router(ProtocolEndpoints(gateway, life).router())
-    if load is not None:
-        app.include_router(Repository(versions, app.access).router())
-    app.include_router(metrics_router(metrics))
+    return lifespan
+
+
+def _routers(app: Service, watch: Watch, *, reloads: bool) -> Iterator[APIRouter]:
+    """Yield the endpoints of everything but inference requests."""
+    yield ProtocolEndpoints(app.gateway, app.life).router()
+    if reloads:
+        yield Repository(app.versions, app.access).router()
+    yield metrics_router(app.metrics)
     # the page's streams do not end by themselves
-    app.include_router(Page(watch, lambda: life.draining).router())
-    app.add_exception_handler(StarletteHTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(Exception, _unexpected)
-    return app
+    yield Page(watch, lambda: app.life.draining).router()
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
