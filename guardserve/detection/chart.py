@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -68,13 +69,15 @@ class Chart:
             would, were they alike; ``T`` then varies less than after single samples, never more.
         """
         states = np.empty((len(vectors), *self.state.shape[1:]), np.float32)
-        state = self.state[0]
+        state, lam = self.state[0], np.array(LAMBDAS)[:, None, None]
+        once = (1 - lam).astype(np.float32)
         for row, vector in enumerate(vectors):
-            for chart, lam in enumerate(LAMBDAS):
-                kept = (1 - lam) ** (1 if counts is None else counts[row])
-                new = np.multiply(state[chart], np.float32(kept), out=states[row, chart])
-                new += vector if counts is None else np.float32((1 - kept) / lam) * vector
-            state = states[row]
+            kept, step = once, vector
+            if counts is not None:
+                powers = (1 - lam) ** counts[row]
+                kept, step = powers.astype(np.float32), ((1 - powers) / lam).astype(np.float32) * vector
+            state = np.multiply(state, kept, out=states[row])
+            state += step
         if len(vectors):
             self.state[0] = state
         return self._statistic(states)
@@ -102,7 +105,7 @@ class Levels:
     median: Array
     high: Array
 
-    @property
+    @cached_property
     def radius(self) -> Array:
         """Length that a layer's vector is cut to before it enters the charts with a memory: see :data:`REACH`."""
         radius: Array = np.float32(REACH) * np.exp(self.median[-1])
@@ -110,13 +113,17 @@ class Levels:
 
     def evidence(self, statistic: Array) -> Array:
         """Return the EWMA charts' statistics ``(*, charts, layers)`` scaled so that ``median`` is 0, ``high`` 1."""
-        count = statistic.shape[-2]
-        return (statistic - self.median[:count]) / (self.high[:count] - self.median[:count])
+        evidence: Array = (statistic - self.median[:-1]) / self._reach[:-1]
+        return evidence
 
     def oddness(self, length: Array) -> Array:
         """Return the lengths of vectors, shape ``(*, layers)``, on the scale of :meth:`evidence`."""
-        oddness: Array = (np.log(length) - self.median[-1]) / (self.high[-1] - self.median[-1])
+        oddness: Array = (np.log(length) - self.median[-1]) / self._reach[-1]
         return oddness
+
+    @cached_property
+    def _reach(self) -> Array:
+        return self.high - self.median
 
     @classmethod
     def of_lengths(cls, vectors: Array) -> Levels:
