@@ -6,7 +6,7 @@ import asyncio
 import functools
 import socket
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ MAX_HEAD = 64 * 1024
 """Bytes of a request's path and headers, or of what stands between the parts of its body; more are refused with 431."""
 
 LINGER = 0.5
-"""Seconds that a refused client has to read why, and, when the server stops, a body of which nothing has come."""
+"""Seconds that what comes behind the last answer is read, and, when the server stops, a body of which nothing has."""
 
 SLACK = 64
 """Connections beyond the limit that are still taken, for health and metrics; each is closed after one answer."""
@@ -73,6 +73,17 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
+class _Outlet:
+    """Where uvicorn writes an answer: the transport, but closed as its connection wishes."""
+
+    __slots__ = ("close", "is_closing", "write")
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
+
+
 class _Known(NamedTuple):
     """The last request of a connection that came at once and was plain.
 
@@ -106,18 +117,19 @@ class Connection(HttpToolsProtocol):
         """Begin, unless there are far too many already; the one that has said nothing for longest then makes room."""
         if len(self.connections) >= self.max_connections + SLACK:
             others: Any = self.connections
-            silent = [other for other in others if other.cycle is None and not other.transport.is_closing()]
+            silent = [other for other in others if other.is_idle and not other.transport.is_closing()]
             if not silent:
                 transport.abort()
                 return
             min(silent, key=_since).transport.abort()
         super().connection_made(transport)
         self.flow = _Flow(transport, self.pipeline)
+        self._outlet = _Outlet(transport, self._leave)
         self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
         self._writing: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
         # what has come of the request that is being read, and how many bytes since there was last a body or its headers
-        self._stage: Literal["nothing", "head", "headers", "body", "refused"] = "nothing"
+        self._stage: Literal["nothing", "head", "headers", "body", "over"] = "nothing"
         self._unread = 0
         self._heading = False
         # a request that may go the short way, if its body is there soon
@@ -127,6 +139,12 @@ class Connection(HttpToolsProtocol):
         self._known: _Known | None = None
         self._begun: tuple[Any, Mapping[bytes, bytes], bytes] | None = None
         self._idle_since: float | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has asked for nothing yet, or has its last answer."""
+        cycle: Any = self.cycle
+        return cycle is None or (self._stage == "over" and not self.transport.get_write_buffer_size())
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
@@ -142,7 +160,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; where nothing is being answered, wait only so long for the rest."""
-        if self._stage == "refused":
+        if self._stage == "over":
             return
         self._idle_since = None
         rested = self._stage == "nothing" and not self._unread
@@ -209,6 +227,8 @@ class Connection(HttpToolsProtocol):
         self._heading = True
         super().on_headers_complete()
         self._heading = False
+        cycle: Any = self.cycle
+        cycle.transport = self._outlet
 
     def on_body(self, body: bytes) -> None:
         """Take a part of a request's body."""
@@ -235,7 +255,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for it: uvicorn's, but with a timer that many requests share."""
         self.server_state.total_requests += 1
-        if self.transport.is_closing():
+        if self._stage == "over" or self.transport.is_closing():
             return
         self.flow.resume_reading()
         if self.pipeline:
@@ -258,6 +278,9 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Stop, once what was asked is answered; a body of which nothing has come is not waited for."""
+        if self._stage == "over":
+            self._leave()  # with less time, if it had more
+            return
         super().shutdown()
         if self._stage == "headers" and self._waiting is None:
             self._waiting = self.loop.call_later(LINGER, self._give_up_body)
@@ -291,17 +314,29 @@ class Connection(HttpToolsProtocol):
         if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.close()
             return
-        self._stage = "refused"
-        self._stop_waiting()
         self._write(answer.named(Identity({})), self.server_state.default_headers, b"connection: close\r\n\r\n")
+        self._stage = "nothing"  # that would be read on
+        self._leave()
+
+    def _leave(self) -> None:
+        """Close behind the last answer, in stages: with input that nobody has read, the kernel would take it back.
+
+        What else the client sends is dropped for a while (RFC 9112, 9.6), a body as long as that of any early answer.
+        """
+        self._stop_waiting()
+        cycle: Any = self.cycle
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
-        if self.transport.can_write_eof():  # to close with more of it on its way would take the answer back
-            self.transport.write_eof()
-            self._waiting = self.loop.call_later(LINGER, self.transport.close)
-        else:
+        if self._looking is not None or not self.transport.can_write_eof():  # all is read, or TLS sees to it
             self.transport.close()
+            return
+        self.transport.write_eof()
+        limit = HEADER_TIMEOUT if self._stage in ("headers", "body") else LINGER
+        self._waiting = self.loop.call_later(limit, self.transport.close)
+        self._stage = "over"
+        self.pipeline.clear()
+        self.flow.resume_reading()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """Begin with a request whose headers are there."""
@@ -367,7 +402,7 @@ class Connection(HttpToolsProtocol):
         end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
         self._write(answer, cycle.default_headers, end)
         if not cycle.keep_alive:
-            self.transport.close()
+            self._leave()
         self.on_response_complete()
 
     def _write(self, answer: Answer, default_headers: Sequence[tuple[bytes, bytes]], end: bytes) -> None:

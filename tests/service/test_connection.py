@@ -278,6 +278,63 @@ def test_a_connection_ends_with_an_answer_where_the_client_says_so(version: str,
         assert connection.socket.recv(1) == b""
 
 
+@pytest.mark.parametrize("pause", [0.0, 4 * PATIENCE], ids=["short way", "long way"])
+def test_the_last_answer_is_whole_whatever_is_sent_behind_it(pause: float) -> None:
+    """Input that nobody reads would have the kernel take back what the client has not yet received."""
+    with (
+        mock.patch.object(connection_module, "LINGER", 20.0),  # however busy the client is
+        serving(Echo(copies=200_000)) as client,  # 2.4 MB
+        socket.socket() as sock,
+    ):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        sock.settimeout(20)
+        sock.connect((client.base_url.host, client.base_url.port))
+        head, _, body = request(1, "Connection: close").partition(b"\r\n\r\n")
+        sock.sendall(head + b"\r\n\r\n")
+        time.sleep(pause)
+        sock.sendall(body + request(2) * 2_000)
+        time.sleep(0.2)
+        with sock.makefile("rb") as file:
+            status, headers, body = Wire(sock, file).answer()
+            assert (status, headers["connection"], len(body)) == (200, "close", int(headers["content-length"]))
+            assert file.read() == b"", "it ends in order"
+        assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == 1
+
+
+def test_a_client_that_sends_on_behind_its_last_answer_is_let_go() -> None:
+    """What it sends is read for a while only; one that sends nothing, and does not close, is not kept either."""
+    app = create_app(Runtime(loaded(Echo())))
+    with (
+        serve_in_background(app) as address,
+        httpx.Client(base_url=address, trust_env=False) as client,
+        connected(client) as busy,
+        connected(client) as silent,
+    ):
+        for wire in (busy, silent):
+            wire.socket.sendall(request(1, "Connection: close"))
+            assert wire.answer()[1]["connection"] == "close"
+            assert wire.file.read() == b""
+        with pytest.raises(ConnectionError):
+            send_for_ever(busy, request(1))
+        wait_until(lambda: not app.life.connections)
+
+
+def test_the_body_of_a_request_that_was_answered_early_is_read_on_before_the_connection_ends() -> None:
+    """As long as where the connection goes on, however short the time that others have."""
+    with (
+        mock.patch.object(connection_module, "LINGER", 0.0),
+        serving(Echo(), max_body_size=1000) as client,
+        connected(client) as connection,
+    ):
+        head = f"POST {INFER} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: {2**20}\r\n\r\n"
+        connection.socket.sendall(head.encode())
+        time.sleep(0.2)
+        connection.socket.sendall(b"x" * 2**20)
+        status, headers, _ = connection.answer()
+        assert (status, headers["connection"]) == (413, "close")
+        assert connection.file.read() == b""
+
+
 def test_a_large_answer_is_written_aside_and_sent_whole(short: mock.Mock) -> None:
     """Larger than what is written on the event loop; the connection goes on."""
     with serving(Echo(copies=50_000)) as client, connected(client) as connection:
