@@ -13,6 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from guardserve.batchnorm import batchnorm_layers
 
+LOOK_INTERVAL = 0.1
+"""Seconds between two calls that are looked at: it is a walk through memory that the forward has driven from caches."""
+
 CONTENT_INTERVAL = 1.0
 """Seconds between two looks at the contents of the buffers, which cost a pass over them."""
 
@@ -51,10 +54,11 @@ class _Look:
 class BufferWatch:
     """Tells which buffers of a model were written to, replaced or removed.
 
-    Almost every in-place operation on a tensor raises its version counter, and those are compared at each
-    look. Batch normalisation does not: in training mode it writes running statistics behind the counter's
-    back. So from time to time the contents are compared too, by their sums of bit patterns; running statistics
-    of BatchNorm layers that were written so are put back, as a copy of them is kept.
+    Almost every in-place operation on a tensor raises its version counter, and those are compared, for the first call
+    and then for one every :data:`LOOK_INTERVAL`, or what came meanwhile in a longer hold. Batch normalisation does not:
+    in training mode it writes running statistics behind the counter's back. So from time to time the contents are
+    compared too, by their sums of bit patterns; running statistics of BatchNorm layers that were written so are put
+    back, as a copy of them is kept.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -72,21 +76,35 @@ class BufferWatch:
         self._layers = [layer for _, layer in batchnorm_layers(model)]
         self._content: dict[int, int] | None = None
         self._statistics: dict[int, torch.Tensor] = {}
-        self._next_content = 0.0
+        self._next_look = self._next_content = 0.0
+        self._marked = False
         self._lazy = {id(b) for _, b in self._named() if is_lazy(b)}
         self._seen = self._look()
         self.mark()
 
     def mark(self) -> None:
-        """Take the buffers as they are now for unchanged, unless nothing but their contents could tell."""
+        """Begin to look for changes, if it is time: take the buffers as they are now for unchanged.
+
+        What nothing but their contents could tell of is an exception.
+        """
+        self._marked = time.monotonic() >= self._next_look
+        if not self._marked:
+            return
         if not self._seen.is_current():
             self._seen, self._content = self._look(), None
         if self._content is None and time.monotonic() >= self._next_content:
             self._keep(self._contents())
 
     def changed(self) -> list[str]:
-        """Return the qualified names of the buffers that changed since the last look, and mark."""
-        if time.monotonic() < self._next_content and self._seen.is_current():
+        """Return the qualified names of the buffers that changed since the last look, if it is time, and mark."""
+        if not self._marked:
+            self.mark()
+            return []
+        now = time.monotonic()
+        if now < self._next_look:
+            return []
+        self._next_look = now + LOOK_INTERVAL
+        if now < self._next_content and self._seen.is_current():
             return []
         before, self._seen = self._seen, self._look()
         if self._became_real():

@@ -73,7 +73,8 @@ class EvalGuard:
             or ``"warn"`` with a :class:`GuardWarning`, count it and go on. Such is one whose BatchNorm layers use
             their batch's statistics in eval mode too (``track_running_stats=False``, or a graph traced or exported
             in training mode): found when the guard is made. And one whose forward moves the running statistics
-            all the same: found when it has. Any other buffer that a forward changes is warned of and counted.
+            all the same: found when it has. Any other buffer that a forward changes is warned of and counted. The
+            first call is looked at for that, and then one every 0.1 s, or what came meanwhile in a longer hold.
         trace_interval: Seconds that must pass between two searches for the module where a non-finite value
             arose. Each search runs the model once more.
         inference_mode: Call the model under ``torch.inference_mode()`` rather than ``torch.no_grad()``. It is

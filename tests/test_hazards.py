@@ -69,8 +69,9 @@ def one_process_group() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def contents_at_every_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare the contents of buffers at each look rather than once a second."""
+def contents_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the buffers at each call, and at their contents, rather than once in a while."""
+    monkeypatch.setattr(buffers, "LOOK_INTERVAL", 0.0)
     monkeypatch.setattr(buffers, "CONTENT_INTERVAL", 0.0)
 
 
@@ -188,6 +189,46 @@ def test_silent_writes_are_found_at_the_next_look_and_put_back(monkeypatch: pyte
         guard(torch.randn(4, 3) + 5)
     assert torch.equal(model.get_buffer("bn.running_mean"), torch.zeros(3))
     assert torch.equal(model.get_buffer("bn.running_var"), torch.ones(3))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.counts = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input."""
+        if self.counts:
+            self.get_buffer("calls").add_(1)
+        return x
+
+
+def test_between_two_looks_changes_wait_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that goes on changing a buffer is found soon, and what it did while the model was held is found too."""
+    monkeypatch.setattr(buffers, "LOOK_INTERVAL", 0.2)
+    model = Counting()
+    guard = EvalGuard(model)
+    guard(X)
+    model.counts = True
+    guard(X)
+    time.sleep(0.25)
+    model.get_buffer("calls").zero_()  # by no call
+    with pytest.warns(GuardWarning, match="changed buffers: calls"):
+        guard(X)
+    time.sleep(0.25)
+    with guard:
+        model.counts = False
+        guard(X)  # a look
+        model.counts = True
+        guard(X)
+        model.counts = False
+        time.sleep(0.25)
+        with pytest.warns(GuardWarning, match="changed buffers: calls"):
+            guard(X)
+    assert guard.counts["buffers_changed"] == 2
 
 
 def test_odd_buffers_and_lazy_layers_are_guarded() -> None:
