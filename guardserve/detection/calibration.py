@@ -42,6 +42,13 @@ with fewer, whitenings are fitted to so much less than all that they show too mu
 TAIL = 0.05
 """Share of the samples, the oddest, from which the tail of the chart without memory is extrapolated."""
 
+UNSURE = (400, 200, 550)
+"""Samples with which each chart's run length is aimed at twice as long as asked for: see :func:`prudence`.
+
+The slow chart remembers more samples than a fold of a small reference holds, and suffers most from its mean's error;
+what a small reference knows least of is how odd rare samples are, which the chart without memory looks at.
+"""
+
 UNKNOWN = 4
 """How many times longer than seen the tail is taken to be, beyond run lengths of as many samples as there are."""
 
@@ -58,6 +65,21 @@ class RunLength:
     mean: float
     low: float
     high: float
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What makes evidence of statistics.
+
+    Attributes:
+        levels: What makes the statistics of charts and layers comparable.
+        thresholds: Evidence of each chart that gives an alarm, for each of :data:`ARLS`: shape ``(charts, arls)``.
+        oddness: How odd each sample is by itself, shape ``(N,)``.
+    """
+
+    levels: Levels
+    thresholds: Thresholds
+    oddness: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,20 +218,24 @@ def simulate(
             yield chart.step(vectors), pool.oddness[order]
 
 
-def find_levels(
-    folds: npt.NDArray[np.float32], dimensions: Sequence[int], rng: np.random.Generator, run: int = 1
-) -> Levels:
-    """Find the in-control levels of every statistic, given vectors of shape ``(folds, N, layers, width)``."""
-    whitened = np.concatenate(folds)
-    levels = Levels.of_lengths(whitened)
-    pool = Pool.of(whitened, levels, run=run, folds=len(folds))
+def calibrate(folds: Array, dimensions: Sequence[int], rng: np.random.Generator, run: int = 1) -> Calibration:
+    """Find levels and thresholds, given vectors of shape ``(folds, N, layers, width)``: see :class:`Pool`."""
+    vectors = np.concatenate(folds)
+    levels = Levels.of_lengths(vectors)
+    pool = Pool.of(vectors, levels, run=run, folds=len(folds))
+    levels = levels.with_charts(*chart_levels(pool, dimensions, rng))
+    return Calibration(levels, find_thresholds(pool, dimensions, levels, rng), pool.oddness[: pool.samples])
+
+
+def chart_levels(pool: Pool, dimensions: Sequence[int], rng: np.random.Generator) -> Array:
+    """Find the in-control median and .999 quantile of the EWMA charts' statistics: shape ``(2, charts, layers)``."""
     seen = [
         statistic
         for step, (statistic, _) in enumerate(simulate(pool, dimensions, PILOT_STREAMS, PILOT_STEPS, rng))
         if step >= PILOT_STEPS // 6 and step % 4 == 0
     ]
-    median, high = np.quantile(np.concatenate(seen), [0.5, 0.999], axis=0)
-    return levels.with_charts(median, high)
+    levels: Array = np.quantile(np.concatenate(seen), [0.5, 0.999], axis=0)
+    return levels
 
 
 def largest_evidence(
@@ -241,12 +267,12 @@ def largest_evidence(
     return np.concatenate(found, axis=2)
 
 
-def prudence(samples: int) -> float:
-    """Return how many times longer than asked for run lengths are aimed at.
+def prudence(samples: int) -> npt.NDArray[np.float64]:
+    """Return how many times longer than asked for run lengths are aimed at, for each chart.
 
     What a reference says of its population is uncertain, the more so the smaller it is.
     """
-    return 1 + (300 / samples) ** 3
+    return 1 + (np.array(UNSURE) / samples) ** 4
 
 
 def find_thresholds(pool: Pool, dimensions: Sequence[int], levels: Levels, rng: np.random.Generator) -> Thresholds:
@@ -256,14 +282,14 @@ def find_thresholds(pool: Pool, dimensions: Sequence[int], levels: Levels, rng: 
     its part of the alarms (:data:`SHARES`). Thresholds are set for longer run lengths than they are named after, by
     the factor :func:`prudence`.
     """
-    aims = ARLS * prudence(pool.samples)
+    aims = np.outer(prudence(pool.samples), ARLS)
     largest = largest_evidence(pool, dimensions, levels, streams=STREAMS, horizons=HORIZONS, rng=rng)
-    thresholds = np.empty((len(SHARES), len(ARLS)))
-    for column, aim in enumerate(aims):
-        row = max([i for i, horizon in enumerate(HORIZONS) if horizon <= 2 * aim])
-        for chart in range(len(LAMBDAS)):
+    thresholds = np.empty(aims.shape)
+    for chart in range(len(LAMBDAS)):
+        for column, aim in enumerate(aims[chart]):
+            row = max([i for i, horizon in enumerate(HORIZONS) if horizon <= 2 * aim])
             thresholds[chart, column] = np.quantile(largest[row, chart], math.exp(-HORIZONS[row] * SHARES[chart] / aim))
-    thresholds[-1] = tail_thresholds(pool.oddness[: pool.samples], aims)
+    thresholds[-1] = tail_thresholds(pool.oddness[: pool.samples], aims[-1])
     return np.maximum.accumulate(np.maximum(thresholds, 0.05), axis=1)
 
 

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from guardserve.detection.calibration import prudence
+from guardserve.detection.chart import SHARES
 from guardserve.detection.collection import HELD_OUT
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def _far_off(profile: ReferenceProfile) -> str:
     Small references aim at longer ones, and are to be forgiven that much.
     """
     measured, target = profile.measured_arl, profile.target_arl
-    low, high = BAND[0] * target, BAND[1] * prudence(round((1 - HELD_OUT) * profile.samples)) * target
+    aimed = target / float((SHARES / prudence(round((1 - HELD_OUT) * profile.samples))).sum())
+    low, high = BAND[0] * target, BAND[1] * aimed
     seen = (
         f"samples that took no part gave one false alarm in {measured.mean:.0f} "
         f"({measured.low:.0f} to {measured.high:.0f}), where {target:g} was asked for: "

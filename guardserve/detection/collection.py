@@ -17,13 +17,12 @@ from guardserve.detection.repeats import without_repeats
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.modes import EvalHold
 from guardserve.observation.features import Array, FeatureReader, execution_order
-from guardserve.observation.keys import Keys
 from guardserve.observation.reading import VALUES
 from guardserve.observation.record import Record
 from guardserve.observation.taps import Taps
 
 STANDARDISED_BY = 512
-"""Samples that centre and scale of single features come from; the others are sketched as they come."""
+"""Different samples that centre and scale of single features come from; the others are sketched as they come."""
 
 HELD_OUT = 0.25
 """Share of the samples that take no part in fitting or thresholds."""
@@ -91,8 +90,10 @@ class Collector:
         self._values: int | None = None
         self._sketch: Sketch | None = None
         self._waiting: list[Array] = []
-        self._keys: list[Keys] = []
         self._sketches: list[Array] = []
+        self._numbers: dict[int, int] = {}
+        """By its key, the number of each different sample in the order in which they came."""
+        self._which: list[npt.NDArray[np.int64]] = []
         self._held_out: list[npt.NDArray[np.bool_]] = []
 
     def take(self, points: Sequence[ObservationPoint], record: Record) -> bool:
@@ -112,11 +113,15 @@ class Collector:
         kept = features[finite][:room]
         self.nonfinite += len(features) - int(finite.sum())
         unknown = np.arange(self.samples, self.samples + len(kept), dtype=np.uint64)  # taken for unlike any other
-        self._keys.append(unknown if record.keys is None else record.keys[finite][:room])
-        self.samples += len(kept)
-        self._waiting.append(kept)
+        keys = unknown if record.keys is None else record.keys[finite][:room]
+        known, numbers = len(self._numbers), self._numbers
+        which = np.array([numbers.setdefault(key, len(numbers)) for key in keys.tolist()], np.int64)
+        different, rows = np.unique(which, return_index=True)
+        self._waiting.append(kept[rows[different >= known]])
+        self._which.append(which)
         self._held_out.append(self._rng.random(len(kept)) < HELD_OUT)
-        if self._sketch is not None or self.samples >= STANDARDISED_BY:
+        self.samples += len(kept)
+        if self._sketch is not None or len(numbers) >= STANDARDISED_BY:
             self._shorten(self._reader.channels)
         return True
 
@@ -133,10 +138,11 @@ class Collector:
         self._shorten(self._reader.channels)
         if self._sketch is None:
             raise ReferenceProfileError(
-                f"the reference has {self.samples} finite samples: give at least 100, better 1000 or more"
+                f"the reference has {self.samples} finite samples, {len(self._numbers)} of them different: "
+                "give at least 100 different ones, better 1000 or more"
             )
-        once, held_out = self._parts()
-        sketches = np.concatenate(self._sketches)[once]
+        which, held_out = self._parts()
+        sketches = np.concatenate(self._sketches)[which]
         return ReferenceData(
             self.points,
             self._sketch,
@@ -144,26 +150,27 @@ class Collector:
             sketches[held_out],
             self.nonfinite,
             self.samples - len(sketches),
-            len(np.unique(np.concatenate(self._keys))),
+            len(self._numbers),
             self._ordered,
             self._values,
         )
 
-    def _parts(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Tell which samples so far to keep, and which of those to hold out."""
-        once = without_repeats(np.concatenate(self._keys), ordered=self._ordered)
+    def _parts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Tell which of the different samples each of those to keep is, and which of these to hold out."""
+        which = np.concatenate(self._which)
+        once = without_repeats(which, ordered=self._ordered)
+        which = which[once]
         if self._ordered:  # the last quarter of all samples is none of the first three quarters of the first ones
-            count = int(once.sum())
-            return once, np.arange(count) >= (1 - HELD_OUT) * count
-        return once, np.concatenate(self._held_out)[once]
+            return which, np.arange(len(which)) >= (1 - HELD_OUT) * len(which)
+        return which, np.concatenate(self._held_out)[once]
 
     def _shorten(self, channels: tuple[int, ...]) -> None:
         if self._sketch is None:
-            once, held_out = self._parts()
+            which, held_out = self._parts()
             if held_out.all():
                 return
-            features = np.concatenate(self._waiting)[once]
-            self._sketch = Sketch.fit(features[~held_out], channels, self._width, self._rng)
+            features = np.concatenate(self._waiting)[which[~held_out]]
+            self._sketch = Sketch.fit(features, channels, self._width, self._rng)
         self._sketches += [self._sketch.project(self._sketch.standardise(part)) for part in self._waiting]
         self._waiting.clear()
 

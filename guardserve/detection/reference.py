@@ -21,9 +21,8 @@ from guardserve.detection.calibration import (
     FOLDS,
     Pool,
     RunLength,
+    calibrate,
     dependent_run,
-    find_levels,
-    find_thresholds,
     measure,
 )
 from guardserve.detection.cautions import CARRIED, cautions
@@ -146,39 +145,22 @@ class ReferenceProfile:
         progress: Callable[[str, int], object] = lambda _stage, _samples: None,
     ) -> ReferenceProfile:
         """Make a profile from what was collected; the arguments are those of :meth:`fit`."""
-        taken = data.samples + data.repeated_samples
-        if taken < MIN_SAMPLES:
-            raise ReferenceProfileError(
-                f"the reference has {taken} finite samples: give at least {MIN_SAMPLES}, better 1000 or more"
-            )
-        if not data.sketch.varies:
-            raise ReferenceProfileError(
-                f"the reference's {taken} samples do not differ in any layer, so nothing is known of how far "
-                "clean ones do: give samples as various as those in production"
-            )
-        if data.distinct_samples < MIN_SAMPLES:
-            raise ReferenceProfileError(
-                f"of the reference's {taken} finite samples only {data.distinct_samples} are distinct: give at least "
-                f"{MIN_SAMPLES} different ones, better 1000 or more; repeats say nothing new of clean data"
-            )
+        _check_enough(data)
         progress("calibrating", data.samples)
         data = data.narrowed(_width(len(data.fitting), data.sketch.width))
         dimensions = data.sketch.dimensions
         whitening = Whitening.fit(data.fitting, dimensions)
         run = dependent_run(whitening.apply(data.fitting)) if data.ordered else 1
         run = min(run, len(data.fitting) // (4 * FOLDS))
-        folds = _out_of_fold(data.fitting, dimensions, run, rng)
-        levels = find_levels(folds, dimensions, rng, run)
-        pool = Pool.of(np.concatenate(folds), levels, run=run, folds=len(folds))
-        thresholds = find_thresholds(pool, dimensions, levels, rng)
+        found = calibrate(_out_of_fold(data.fitting, dimensions, run, rng), dimensions, rng, run)
         progress("measuring", data.samples)
-        measuring = Pool.of(whitening.apply(data.held_out), levels, run=run)
+        measuring = Pool.of(whitening.apply(data.held_out), found.levels, run=run)
         measured_arl = measure(
             measuring,
             len(data.fitting),
             dimensions,
-            levels,
-            thresholds=thresholds_at(thresholds, target_arl),
+            found.levels,
+            thresholds=thresholds_at(found.thresholds, target_arl),
             target_arl=target_arl,
             rng=rng,
         )
@@ -193,9 +175,9 @@ class ReferenceProfile:
             measured_arl=measured_arl,
             sketch=data.sketch,
             whitening=whitening,
-            levels=levels,
-            thresholds=thresholds,
-            scores=np.sort(np.concatenate([pool.oddness[: pool.samples], measuring.oddness])).astype(np.float64),
+            levels=found.levels,
+            thresholds=found.thresholds,
+            scores=np.sort(np.concatenate([found.oddness, measuring.oddness])).astype(np.float64),
             ordered=data.ordered,
             values=data.values,
         )
@@ -342,6 +324,25 @@ def check_target(target_arl: float) -> None:
 def thresholds_at(thresholds: npt.NDArray[np.float64], target_arl: float) -> npt.NDArray[np.float64]:
     """Interpolate each chart's thresholds between those of :data:`calibration.ARLS`."""
     return np.array([np.interp(math.log(target_arl), np.log(ARLS), row) for row in thresholds])
+
+
+def _check_enough(data: ReferenceData) -> None:
+    """Refuse data that give no profile."""
+    taken = data.samples + data.repeated_samples
+    if taken < MIN_SAMPLES:
+        raise ReferenceProfileError(
+            f"the reference has {taken} finite samples: give at least {MIN_SAMPLES}, better 1000 or more"
+        )
+    if not data.sketch.varies:
+        raise ReferenceProfileError(
+            f"the reference's {taken} samples do not differ in any layer, so nothing is known of how far "
+            "clean ones do: give samples as various as those in production"
+        )
+    if data.distinct_samples < MIN_SAMPLES:
+        raise ReferenceProfileError(
+            f"of the reference's {taken} finite samples only {data.distinct_samples} are distinct: give at least "
+            f"{MIN_SAMPLES} different ones, better 1000 or more; repeats say nothing new of clean data"
+        )
 
 
 def _width(samples: int, most: int) -> int:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from guardserve.observation.keys import Keys
-
 COMMON = 10
 """A sample that comes this many times as often as samples do on average is one that production has often, too."""
 
 
-def without_repeats(keys: Keys, *, ordered: bool = False) -> npt.NDArray[np.bool_]:
+def without_repeats(keys: npt.NDArray[np.integer], *, ordered: bool = False) -> npt.NDArray[np.bool_]:
     """Tell which samples to keep so that each is there once, given a key of each.
 
     One that is far more common than others, such as silence or a black frame, keeps its share: it is spread over as

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from guardserve import Monitor, ReferenceProfile, ReferenceProfileError, ReferenceWarning
+from guardserve.detection.collection import STANDARDISED_BY, Collector, ReferenceData, collect
 from guardserve.detection.files import CHECKSUM
 from guardserve.detection.profile_file import read_profile, write_profile
 from guardserve.detection.repeats import COMMON, without_repeats
@@ -160,3 +161,29 @@ def test_a_profile_of_before_repeats_were_counted_is_read(profile: ReferenceProf
     write_profile(tmp_path / "old.safetensors", facts, arrays)
     loaded = ReferenceProfile.load(tmp_path / "old.safetensors")
     assert (loaded.distinct_samples, loaded.repeated_samples) == (1200, 0)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_reference_that_begins_with_one_sample_over_and_over_is_that_of_the_rest(
+    model: nn.Module, clean: Sampler, ordered: bool
+) -> None:
+    """Health checks before the first requests: what features are scaled by is taken from different samples."""
+    first, rest = clean(1, seed=64), torch.split(clean(700, seed=65), 50)
+    often = [first.expand(50, -1, -1, -1)] * (STANDARDISED_BY // 50 + 1)
+
+    def of(batches: Iterable[torch.Tensor]) -> ReferenceData:
+        collector = Collector(64, np.random.default_rng(0), ordered=ordered)
+        return collect(model, batches, collector, lambda _: None)
+
+    data = of([*often, *rest])
+    assert data.distinct_samples == 701
+    assert data.repeated_samples + data.samples == 1250
+    spread = np.abs(of(rest).sketch.scale).mean()
+    assert 0.5 * spread < np.abs(data.sketch.scale).mean() < 1.5 * spread  # less for its share of the samples
+
+
+def test_one_sample_over_and_over_is_no_reference(model: nn.Module, clean: Sampler) -> None:
+    """It is refused with what was seen, whether it is to be held out or to be fitted to."""
+    for seed in range(8):
+        with pytest.raises(ReferenceProfileError, match=r"600 .*samples"):
+            ReferenceProfile.fit(model, [clean(1, seed=66).expand(60, -1, -1, -1)] * 10, seed=seed)
