@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from idle_workers import up_then_gone
+from idle_workers import up_once
 from serving import wait_until
 from starlette.types import ASGIApp
 
@@ -139,9 +139,9 @@ def test_a_supervisor_without_workers_has_clients_answered(tmp_path: Path, monke
                     seen.add((client.get("/v2/health/ready").status_code, client.get("/v2/health/live").status_code))
 
         sockets = list(stand_in._sockets)
-        arguments = (pickle.dumps(Up()), tmp_path / "starts")
+        arguments = (pickle.dumps(Up()), tmp_path / "starts", 0.0)
         supervisor = Supervisor(
-            up_then_gone, arguments, sockets=sockets, workers=1, pool=Pool(), timeout=1, stand_in=stand_in
+            up_once, arguments, sockets=sockets, workers=1, pool=Pool(), timeout=1, stand_in=stand_in
         )
         asking = threading.Thread(target=ask)
         asking.start()

@@ -28,7 +28,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from idle_workers import silent_then_broken
+from idle_workers import up_once
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.samples import Exemplar
 from serving import TIMEOUT, free_port, is_ready, loaded, metric, wait_until
@@ -642,8 +642,8 @@ def test_a_worker_that_says_nothing_is_ended_and_one_that_cannot_start_again_end
     for name in ("POLL_INTERVAL", "PATIENCE"):
         monkeypatch.setattr(rounds_module, name, 0.1)
     starts = tmp_path / "starts"
-    arguments = (pickle.dumps(Up()), starts)
-    supervisor = Supervisor(silent_then_broken, arguments, sockets=[], workers=1, pool=Pool(), timeout=1)
+    arguments = (pickle.dumps(Up()), starts, 60.0)
+    supervisor = Supervisor(up_once, arguments, sockets=[], workers=1, pool=Pool(), timeout=1)
     with pytest.raises(GuardserveError, match="worker 1 ended with status 3 before it was up"):
         supervisor.run()
     assert starts.read_text() == "...."

@@ -13,8 +13,8 @@ from prometheus_client.samples import Exemplar as Shown
 from guardserve import __version__
 from guardserve.metrics.counts import Counts, Distribution
 from guardserve.metrics.descriptions import NONFINITE, REASONS, RELOADS
-from guardserve.metrics.families import Labels, family, histogram, shown, verdict_families, worker_families
-from guardserve.totals import Totals
+from guardserve.metrics.families import family, histogram, shown, verdict_families, worker_families
+from guardserve.totals import Labels, Totals
 
 
 class RequestCollector(Collector):

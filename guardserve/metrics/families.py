@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.samples import Exemplar as Shown
@@ -14,9 +14,7 @@ from guardserve.identity import Exemplar
 from guardserve.metrics.counts import Distribution
 from guardserve.metrics.descriptions import METRICS, WORKER_STATES, WORST_CHANNELS
 from guardserve.monitor import State, Verdict
-from guardserve.totals import ALARMS
-
-Labels: TypeAlias = tuple[str, ...]
+from guardserve.totals import ALARMS, Labels
 
 
 def pooled_families(model: str, verdict: Verdict) -> Iterator[Metric]:
