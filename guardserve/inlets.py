@@ -40,18 +40,24 @@ class Handle(Protocol):
         """End it; again it does nothing."""
 
 
-def on_input(layer: nn.Module, look: Look) -> Handle:
+def on_input(layer: nn.Module, look: Look, *, training: bool = False) -> Handle:
     """Look at each input of a layer before anything else does, until the handle that is returned is removed.
 
     A deep copy or a pickle of the layer is not looked at; what enters a shallow copy counts as the layer's.
+
+    Args:
+        layer: The layer.
+        look: What looks.
+        training: Whether it need only look while the layer is in training mode.
     """
     if not has_inlet(layer):
         return layer.register_forward_pre_hook(_Hook(look), with_kwargs=True)
     with _LOCK:
         inlet: Inlet = vars(layer).get(_CHECK) or Inlet(layer)
-        inlet.looks.append(look)
+        looks = inlet.training_looks if training else inlet.looks
+        looks.append(look)
         vars(layer)[_CHECK] = inlet
-    return _Handle(layer, inlet, look)
+    return _Handle(layer, inlet, looks, look)
 
 
 def has_inlet(layer: nn.Module) -> bool:
@@ -84,17 +90,23 @@ class Inlet:
 
     Attributes:
         looks: Who looks at it.
+        training_looks: Who does while the layer is in training mode.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         self.looks: list[Look] = []
+        self.training_looks: list[Look] = []
         self._layer = layer
         self._check: Callable[[torch.Tensor], None] = getattr(type(layer), _CHECK).__get__(layer)
 
     def __call__(self, x: torch.Tensor) -> None:
         """Look at an input, and check it."""
+        layer = self._layer
+        if layer.training:
+            for look in tuple(self.training_looks):
+                look(layer, x)
         for look in tuple(self.looks):
-            look(self._layer, x)
+            look(layer, x)
         self._check(x)
 
     def __reduce__(self) -> tuple[type[Inlet], tuple[nn.Module]]:
@@ -116,9 +128,10 @@ class _Hook:
 
 
 class _Handle:
-    def __init__(self, layer: nn.Module, inlet: Inlet, look: Look) -> None:
+    def __init__(self, layer: nn.Module, inlet: Inlet, looks: list[Look], look: Look) -> None:
         self._layer = layer
         self._inlet = inlet
+        self._looks = looks
         self._look = look
         self._forward = type(layer).forward
 
@@ -131,7 +144,7 @@ class _Handle:
     def remove(self) -> None:
         """Look no more."""
         with _LOCK:
-            if self._look in self._inlet.looks:
-                self._inlet.looks.remove(self._look)
-            if not self._inlet.looks and vars(self._layer).get(_CHECK) is self._inlet:
+            if self._look in self._looks:
+                self._looks.remove(self._look)
+            if not self._inlet.looks and not self._inlet.training_looks and vars(self._layer).get(_CHECK) is self._inlet:
                 vars(self._layer).pop(_CHECK, None)  # the garbage collector may have come first

@@ -198,7 +198,7 @@ def _heeds_flag(module: nn.Module) -> bool:
 def _look_after(module: nn.Module, keep: _KeepEval) -> Handle:
     """Have a layer put back in eval mode before it does anything."""
     if has_inlet(module):
-        return on_input(module, keep)
+        return on_input(module, keep, training=True)
     own = vars(module).get("_forward_pre_hooks")
     if type(own) is OrderedDict and not own:  # else there are handles that know it
         vars(module)["_forward_pre_hooks"] = _Hooks()
