@@ -118,11 +118,12 @@ class Numbered(nn.Module):
 
 @example_input(x=torch.zeros(1, 3))
 def numbered():
-    if os.path.exists("once"):  # for whoever comes first
-        os.rename("once", "taken")
-        return Numbered(-1)
-    with open("number") as file:
-        return Numbered(file.read())
+    try:
+        os.rename("once", "taken")  # for whoever comes first
+    except FileNotFoundError:
+        with open("number") as file:
+            return Numbered(file.read())
+    return Numbered(-1)
 """
 
 BODY = json.dumps({"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}]}).encode()
