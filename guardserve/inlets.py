@@ -146,5 +146,9 @@ class _Handle:
         with _LOCK:
             if self._look in self._looks:
                 self._looks.remove(self._look)
-            if not self._inlet.looks and not self._inlet.training_looks and vars(self._layer).get(_CHECK) is self._inlet:
+            if (
+                not self._inlet.looks
+                and not self._inlet.training_looks
+                and vars(self._layer).get(_CHECK) is self._inlet
+            ):
                 vars(self._layer).pop(_CHECK, None)  # the garbage collector may have come first
