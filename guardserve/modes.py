@@ -71,7 +71,8 @@ class EvalHold:
             if self.depth == 0:
                 _holds.append(self)
             self.depth += 1
-        _let_go_of_abandoned()
+        if _abandoned:
+            _let_go_of_abandoned()
         return found
 
     def release(self) -> list[nn.Module]:
@@ -82,7 +83,8 @@ class EvalHold:
         """
         with _LOCK:
             flipped = self._release()
-        _let_go_of_abandoned()
+        if _abandoned:
+            _let_go_of_abandoned()
         return flipped
 
     def names(self, modules: Iterable[nn.Module]) -> list[str]:

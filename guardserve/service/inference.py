@@ -288,12 +288,13 @@ class Inference:
 
     def _write(self, result: Result, request: InferRequest) -> Answer:
         found = "; ".join(map(str, result.nonfinite))
-        parameters = NOTHING
-        if found:
-            parameters = {NONFINITE: found}
-        asked = bool(request.parameters.get(P_VALUES))
-        parameters = {**parameters, **self._shift.parameters(result.p_values, asked=asked)}
-        strings = json_member(request.parameters, NONFINITE_STRINGS, bool, "the request's parameters") or False
+        parameters = {NONFINITE: found} if found else NOTHING
+        if result.p_values is not None:
+            asked = bool(request.parameters.get(P_VALUES))
+            parameters = {**parameters, **self._shift.parameters(result.p_values, asked=asked)}
+        strings = False
+        if request.parameters:
+            strings = json_member(request.parameters, NONFINITE_STRINGS, bool, "the request's parameters") or False
         try:
             body, headers = self._writer.write(result.outputs, request, parameters, nonfinite_strings=strings)
         except ProtocolError as error:
@@ -305,15 +306,15 @@ class Inference:
 
     def _submit(self, request: InferRequest, ended: Callable[[Outcome], object], receive: Receive | None) -> Pending:
         loop = asyncio.get_running_loop()
-        timeout, own = self._timeout(request)
+        timeout, own, flags, scores = self._wishes(request)
         deadline = None if timeout is None else time.monotonic() + timeout
         job = Pending(
             list(request.inputs.values()),
             ended,
             receive,
             deadline,
-            allow_nonfinite=self._flags(request),
-            score=self._scores(request),
+            allow_nonfinite=flags,
+            score=scores,
         )
         if request.id is not None and job.identity is not None:
             job.identity.protocol_id = request.id[:MAX_LENGTH]
@@ -330,6 +331,13 @@ class Inference:
             loop.call_soon(self._hand_over)
         self._arrivals += not self._alone
         return job
+
+    def _wishes(self, request: InferRequest) -> tuple[float | None, bool, bool, bool]:
+        """Return a request's time and whether it said so itself, whether it allows non-finite outputs, and scores."""
+        if not request.parameters:  # as of most
+            judged = self._shift.action != "observe" and self.runtime.scores
+            return self._limits.request_timeout, False, self._on_nonfinite == "flag", judged
+        return *self._timeout(request), self._flags(request), self._scores(request)
 
     def _timeout(self, request: InferRequest) -> tuple[float | None, bool]:
         """Return the seconds that a request may take, and whether it said so itself, in microseconds."""

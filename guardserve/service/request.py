@@ -34,6 +34,11 @@ MAX_KNOWN = 999
 
 KNOWN_LAYOUTS = 64
 
+MAX_UNHELD = 256 * 1024
+"""Bytes of a body up to which nobody is told of binary tensors before they are made: there are no more of them than of
+the body, which is let go of at once.
+"""
+
 
 @dataclass(frozen=True)
 class RequestedOutput:
@@ -127,7 +132,8 @@ class RequestReader:
             head = body[: int(header_length)]
             layout = self._layouts.get(head)
             if layout is not None and layout.size == len(body):
-                hold(len(body) - len(head))
+                if len(body) > MAX_UNHELD:
+                    hold(len(body) - len(head))
                 return layout.read(body)
         signature = self._signature()
         request = parse_request(body, header_length, signature, max_batch_size=self._max_batch_size, hold=hold)
