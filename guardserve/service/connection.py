@@ -200,13 +200,7 @@ class Connection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Write no more: the client does not take what there is."""
         super().pause_writing()
-        self._stop_writing()
-        self._wait_for_client()
-
-    def resume_writing(self) -> None:
-        """Write again."""
-        self._stop_writing()
-        super().resume_writing()
+        self._see_answer_off()
 
     def on_message_begin(self) -> None:
         """Begin a request."""
@@ -255,6 +249,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for it: uvicorn's, but with a timer that many requests share."""
         self.server_state.total_requests += 1
+        self._see_answer_off()
         if self._stage == "over" or self.transport.is_closing():
             return
         self.flow.resume_reading()
@@ -331,6 +326,7 @@ class Connection(HttpToolsProtocol):
         if self._looking is not None or not self.transport.can_write_eof():  # all is read, or TLS sees to it
             self.transport.close()
             return
+        self._see_answer_off()
         self.transport.write_eof()
         limit = HEADER_TIMEOUT if self._stage in ("headers", "body") else LINGER
         self._waiting = self.loop.call_later(limit, self.transport.close)
@@ -429,12 +425,18 @@ class Connection(HttpToolsProtocol):
     def _wait_for_request(self, seconds: float) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
+    def _see_answer_off(self) -> None:
+        """Have the connection end if what is left of an answer is not taken."""
+        if self._writing is None and self.transport.get_write_buffer_size():
+            self._wait_for_client()
+
     def _wait_for_client(self, unsent: int | None = None) -> None:
-        """End the connection if nothing has been taken since there was so much to send."""
+        """End the connection if nothing has been taken since there was so much to send, and wait again for the rest."""
         left = self.transport.get_write_buffer_size()
+        self._writing = None
         if left == unsent:
             self.transport.abort()
-        else:
+        elif left:
             self._writing = self.loop.call_later(WRITE_TIMEOUT, self._wait_for_client, left)
 
     def _stop_writing(self) -> None:

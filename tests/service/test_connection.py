@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import socket
@@ -380,6 +381,38 @@ def test_a_client_that_takes_no_answer_is_let_go() -> None:
         assert idle.socket.recv(1)
         with pytest.raises(ConnectionError):
             send_for_ever(idle, request(1))
+
+
+def test_a_client_that_leaves_the_end_of_its_answers_is_let_go() -> None:
+    """However little is left of them: nothing else would ever end its connection."""
+    transports: list[asyncio.Transport] = []
+    made, end, lost = Connection.connection_made, Connection.connection_lost, threading.Event()
+
+    def lose(connection: Connection, error: Exception | None) -> None:
+        end(connection, error)
+        lost.set()
+
+    def narrow(connection: Connection, transport: asyncio.Transport) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**12)
+        transports.append(transport)
+        made(connection, transport)
+
+    with (
+        mock.patch.object(connection_module, "WRITE_TIMEOUT", 0.3),
+        mock.patch.object(Connection, "connection_made", narrow),
+        mock.patch.object(Connection, "connection_lost", lose),
+        serving(Echo(copies=500)) as client,
+        connected(client) as connection,
+    ):
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
+        wait_until(lambda: len(transports) == 1)
+        for _ in range(2_000):
+            connection.socket.sendall(request(1))
+            time.sleep(0.005)
+            if transports[0].get_write_buffer_size():
+                break
+        assert 0 < transports[0].get_write_buffer_size() < transports[0].get_write_buffer_limits()[1]
+        assert lost.wait(10)
 
 
 def test_pipelined_requests_are_read_as_they_are_answered() -> None:
