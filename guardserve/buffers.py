@@ -54,11 +54,11 @@ class _Look:
 class BufferWatch:
     """Tells which buffers of a model were written to, replaced or removed.
 
-    Almost every in-place operation on a tensor raises its version counter, and those are compared, for the first call
-    and then for one every :data:`LOOK_INTERVAL`, or what came meanwhile in a longer hold. Batch normalisation does not:
-    in training mode it writes running statistics behind the counter's back. So from time to time the contents are
-    compared too, by their sums of bit patterns; running statistics of BatchNorm layers that were written so are put
-    back, as a copy of them is kept.
+    Almost every in-place operation on a tensor raises its version counter, and those are compared: for the first call,
+    then for one every :data:`LOOK_INTERVAL`, or what came meanwhile in a longer hold, and while they change for each.
+    Batch normalisation does not: in training mode it writes running statistics behind the counter's back. So from time
+    to time the contents are compared too, by their sums of bit patterns; running statistics of BatchNorm layers that
+    were written so are put back, as a copy of them is kept.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,6 +78,7 @@ class BufferWatch:
         self._statistics: dict[int, torch.Tensor] = {}
         self._next_look = self._next_content = 0.0
         self._marked = False
+        self._whole_at = 0.0
         self._lazy = {id(b) for _, b in self._named() if is_lazy(b)}
         self._seen = self._look()
         self.mark()
@@ -88,6 +89,7 @@ class BufferWatch:
         What nothing but their contents could tell of is an exception.
         """
         self._marked = time.monotonic() >= self._next_look
+        self._whole_at = 0.0
         if not self._marked:
             return
         if not self._seen.is_current():
@@ -96,15 +98,19 @@ class BufferWatch:
             self._keep(self._contents())
 
     def changed(self) -> list[str]:
-        """Return the qualified names of the buffers that changed since the last look, if it is time, and mark."""
-        if not self._marked:
-            self.mark()
-            return []
+        """Return the qualified names of the buffers that changed since the last look, if it is time, and mark.
+
+        Where they do change, each call is looked at from then on.
+        """
         now = time.monotonic()
+        if not self._marked:  # somebody was in a call already: what others have changed before is not seen
+            self.mark()
+            self._whole_at = now + LOOK_INTERVAL
+            return []
         if now < self._next_look:
             return []
-        self._next_look = now + LOOK_INTERVAL
         if now < self._next_content and self._seen.is_current():
+            self._rest(now)
             return []
         before, self._seen = self._seen, self._look()
         if self._became_real():
@@ -119,7 +125,14 @@ class BufferWatch:
             changed |= behind
         self._keep(contents)
         self._next_content = time.monotonic() + CONTENT_INTERVAL
+        if not changed:
+            self._rest(now)
         return [name for name, buffer in self._named() if id(buffer) in changed]
+
+    def _rest(self, now: float) -> None:
+        """Look at no calls for a while, after one was looked at from its beginning or for as long."""
+        if now >= self._whole_at:
+            self._next_look = now + LOOK_INTERVAL
 
     def _became_real(self) -> bool:
         """Tell whether a lazy buffer got its shape, which also resets its layer's other buffers, and mark if so."""

@@ -206,29 +206,85 @@ class Counting(nn.Module):
         return x
 
 
-def test_between_two_looks_changes_wait_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward that goes on changing a buffer is found soon, and what it did while the model was held is found too."""
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        """Return the time."""
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Have buffers looked at every 0.2 s by a clock that the test moves."""
+    clock = Clock()
+    monkeypatch.setattr(buffers, "time", clock)
     monkeypatch.setattr(buffers, "LOOK_INTERVAL", 0.2)
+    return clock
+
+
+def test_between_two_looks_changes_wait_for_the_next(clock: Clock) -> None:
+    """A forward that goes on changing a buffer is found soon, and one that did while the model was held too."""
     model = Counting()
     guard = EvalGuard(model)
     guard(X)
     model.counts = True
     guard(X)
-    time.sleep(0.25)
+    clock.now += 0.25
     model.get_buffer("calls").zero_()  # by no call
-    with pytest.warns(GuardWarning, match="changed buffers: calls"):
-        guard(X)
-    time.sleep(0.25)
+    for _ in range(2):  # from here on each is looked at
+        with pytest.warns(GuardWarning, match="changed buffers: calls"):
+            guard(X)
+    model.counts = False
+    guard(X)
     with guard:
-        model.counts = False
-        guard(X)  # a look
+        for _ in range(2):
+            clock.now += 0.25
+            guard(X)  # takes what there is for unchanged, and looks
         model.counts = True
         guard(X)
         model.counts = False
-        time.sleep(0.25)
+        clock.now += 0.25
         with pytest.warns(GuardWarning, match="changed buffers: calls"):
             guard(X)
-    assert guard.counts["buffers_changed"] == 2
+    assert guard.counts["buffers_changed"] == 3
+
+
+def test_calls_that_overlap_hide_no_change_for_good(clock: Clock) -> None:
+    """Also where the first of two always ends, and has to take what there is for unchanged, before the other does."""
+    model = Counting()
+    guard = EvalGuard(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GuardWarning)
+        for _ in range(100):
+            guard.acquire()
+            guard.acquire()
+            model.get_buffer("calls").add_(1)
+            clock.now += 0.12
+            guard.release()
+            guard.release()
+            clock.now += 0.1
+    assert guard.counts["buffers_changed"] > 30
+
+
+def test_statistics_that_are_moved_at_each_call_are_put_back_each_time(clock: Clock) -> None:
+    """Calls between two looks do not go unseen once one has moved them, though it has told the counter too."""
+
+    class Moving(Functional):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.bn.get_buffer("num_batches_tracked").add_(1)
+            return super().forward(x)
+
+    model = Moving(own=False)
+    guard = EvalGuard(model)
+    for _ in range(10):
+        clock.now += 0.05
+        with pytest.raises(TrainingModeError):
+            guard(torch.randn(4, 3) + 5)
+    torch.testing.assert_close(model.get_buffer("bn.running_mean"), torch.zeros(3))
 
 
 def test_odd_buffers_and_lazy_layers_are_guarded() -> None:

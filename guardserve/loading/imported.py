@@ -6,7 +6,7 @@ import hashlib
 import sys
 import sysconfig
 from collections.abc import Iterator
-from importlib.metadata import Distribution, PackageMetadata, PackageNotFoundError, distribution, distributions
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,8 +73,9 @@ class ImportedCode:
         for name, path in _sources():
             if name not in self._sources and (digest := _digest(path)) is not None:
                 self._sources[name] = path, digest
-        for name, found in _packages():
-            self._packages.setdefault(name, found)
+        for name in _packages():
+            if name not in self._packages:
+                self._packages[name] = _installed(name)
 
 
 def _sources() -> Iterator[tuple[str, Path]]:
@@ -99,8 +100,8 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _packages() -> Iterator[tuple[str, Installed]]:
-    """Yield the installed packages that modules were imported from.
+def _packages() -> Iterator[str]:
+    """Yield the names of the installed packages that modules were imported from.
 
     Their files tell, not the names of modules: several packages may have theirs in one namespace, such as ``google``.
     """
@@ -111,7 +112,7 @@ def _packages() -> Iterator[tuple[str, Installed]]:
         if any(f"{place}/{name}" in imported for name in names):
             metadata = package.metadata
             if "Name" in metadata:  # not left over half removed
-                yield metadata["Name"], _build(metadata, files)
+                yield metadata["Name"]
 
 
 def _imported() -> set[str]:
@@ -132,13 +133,10 @@ def _installed(name: str) -> Installed:
         package = distribution(name)
     except PackageNotFoundError:
         return Installed(None)
-    return _build(package.metadata, _files(package))
-
-
-def _build(metadata: PackageMetadata, files: str) -> Installed:
+    metadata = package.metadata
     if "Version" not in metadata:
         return Installed(None)
-    return Installed(metadata["Version"], hashlib.blake2b(files.encode(), digest_size=16).hexdigest())
+    return Installed(metadata["Version"], hashlib.blake2b(_files(package).encode(), digest_size=16).hexdigest())
 
 
 def _files(package: Distribution) -> str:

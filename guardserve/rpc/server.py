@@ -20,7 +20,7 @@ from guardserve.identity import REQUEST_ID
 from guardserve.service.answer import Answer, failure
 from guardserve.service.body import HEADER_LENGTH, ProtocolError
 from guardserve.service.gateway import Gateway
-from guardserve.service.reading import SMALL
+from guardserve.service.request import SMALL
 
 SLACK = 64 * 1024
 """Bytes of a message beyond those of its tensors."""

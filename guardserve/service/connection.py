@@ -84,6 +84,10 @@ class _Outlet:
         self.close = close
 
 
+class _OverError(Exception):
+    """Something behind the last answer."""
+
+
 class _Known(NamedTuple):
     """The last request of a connection that came at once and was plain.
 
@@ -132,6 +136,7 @@ class Connection(HttpToolsProtocol):
         self._stage: Literal["nothing", "head", "headers", "body", "over"] = "nothing"
         self._unread = 0
         self._heading = False
+        self._patience = HEADER_TIMEOUT
         # a request that may go the short way, if its body is there soon
         self._plain: tuple[Any, Gateway] | None = None
         self._late: asyncio.TimerHandle | None = None
@@ -174,8 +179,7 @@ class Connection(HttpToolsProtocol):
                 rest = self._parse(rest)
             self._check_size(self._unread)
         except (httptools.HttpParserError, _LargeHeadError) as error:
-            is_large = isinstance(error, _LargeHeadError) or isinstance(error.__context__, _LargeHeadError)
-            self._refuse(LARGE_HEAD if is_large else MALFORMED)
+            self._refuse(error)
             return
         begun, self._begun = self._begun, None
         if begun is not None and whole:
@@ -203,7 +207,9 @@ class Connection(HttpToolsProtocol):
         self._see_answer_off()
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Begin a request, unless it came behind the last one that is answered."""
+        if self._stage == "over":
+            raise _OverError
         self._stage, self._unread = "head", 0
         super().on_message_begin()
 
@@ -273,6 +279,7 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Stop, once what was asked is answered; a body of which nothing has come is not waited for."""
+        self._patience = LINGER
         if self._stage == "over":
             self._leave()  # with less time, if it had more
             return
@@ -298,8 +305,10 @@ class Connection(HttpToolsProtocol):
         if size > MAX_HEAD:
             raise _LargeHeadError
 
-    def _refuse(self, answer: Answer) -> None:
+    def _refuse(self, error: Exception) -> None:
         """Answer what cannot be read, and end; but what was whole before has its answer first, and no other."""
+        if self._stage == "over":
+            return
         self.logger.warning("Invalid HTTP request received.")
         cycle: Any = self.cycle
         if self.pipeline or (cycle is not None and not cycle.response_complete and self._stage in ("nothing", "head")):
@@ -309,6 +318,8 @@ class Connection(HttpToolsProtocol):
         if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.close()
             return
+        is_large = isinstance(error, _LargeHeadError) or isinstance(error.__context__, _LargeHeadError)
+        answer = LARGE_HEAD if is_large else MALFORMED
         self._write(answer.named(Identity({})), self.server_state.default_headers, b"connection: close\r\n\r\n")
         self._stage = "nothing"  # that would be read on
         self._leave()
@@ -327,8 +338,12 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
             return
         self._see_answer_off()
-        self.transport.write_eof()
-        limit = HEADER_TIMEOUT if self._stage in ("headers", "body") else LINGER
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has gone
+            self.transport.abort()
+            return
+        limit = self._patience if self._stage in ("headers", "body") else LINGER
         self._waiting = self.loop.call_later(limit, self.transport.close)
         self._stage = "over"
         self.pipeline.clear()

@@ -70,8 +70,13 @@ class Gateway:
         metrics.in_flight += 1
         held = Held(self._holding)
         identity = Identity(headers)
+        answered = False
 
         def ended(answer: Answer) -> None:
+            nonlocal answered
+            if answered:  # and could not be sent
+                return
+            answered = True
             held.keep(0)
             metrics.in_flight -= 1
             self._ended(answer, time.perf_counter() - started, identity)

@@ -26,7 +26,8 @@ from guardserve.service.lanes import Lanes
 from guardserve.service.limits import Limits
 from guardserve.service.mailbox import Mailbox
 from guardserve.service.protocol import InferRequest, ProtocolError
-from guardserve.service.reading import SMALL, Reading, Receive, is_small
+from guardserve.service.reading import Reading, Receive, is_small
+from guardserve.service.request import SMALL
 from guardserve.service.response import ResponseWriter
 from guardserve.service.shift import P_VALUES, ShiftPolicy
 

@@ -17,12 +17,9 @@ from guardserve.service.holding import Held
 from guardserve.service.images import is_image, read_image_request
 from guardserve.service.lanes import SHORT, Lanes, NobodyWaitsError
 from guardserve.service.limits import Hold, Limits
-from guardserve.service.request import InferRequest, RequestReader
+from guardserve.service.request import SMALL, InferRequest, RequestReader
 
 Receive: TypeAlias = Callable[[], Awaitable[Any]]
-
-SMALL = 256 * 1024
-"""Bytes up to which a body or an answer is read or written on the event loop; more would keep it from others."""
 
 
 class Reading:

@@ -34,9 +34,11 @@ MAX_KNOWN = 999
 
 KNOWN_LAYOUTS = 64
 
-MAX_UNHELD = 256 * 1024
-"""Bytes of a body up to which nobody is told of binary tensors before they are made: there are no more of them than of
-the body, which is let go of at once.
+SMALL = 256 * 1024
+"""Bytes up to which a body or an answer is read or written on the event loop; more would keep it from others.
+
+Nobody is told of the binary tensors of such a body before they are made: there are no more of them than of the body,
+which is let go of at once.
 """
 
 
@@ -132,7 +134,7 @@ class RequestReader:
             head = body[: int(header_length)]
             layout = self._layouts.get(head)
             if layout is not None and layout.size == len(body):
-                if len(body) > MAX_UNHELD:
+                if len(body) > SMALL:
                     hold(len(body) - len(head))
                 return layout.read(body)
         signature = self._signature()

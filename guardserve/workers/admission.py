@@ -45,11 +45,13 @@ class Admission:
                 self._decide(worker, worker.loaded)
 
     def _decide(self, worker: Worker, loaded: Contents) -> None:
-        mate = next((other for other in self._workers if other.answers), None)
-        differing = {} if mate is None else differences(loaded, mate.loaded or {})
-        if mate is not None and worker.starts == mate.starts == 1 and differing.keys() == {MODEL}:
+        mates = [other for other in self._workers if other.answers]
+        differing: dict[str, str] = {}
+        for mate in mates:
+            differing |= differences(loaded, mate.loaded or {})
+        if differing.keys() == {MODEL} and worker.starts == mates[0].starts == 1:
             raise GuardserveError(
-                f"workers {mate.number} and {worker.number} have loaded different models from the same arguments: "
+                f"workers {mates[0].number} and {worker.number} have loaded different models from the same arguments: "
                 f"{differing[MODEL]}. A model that is made at random needs a seed, or --weights; if its files were "
                 "being replaced, start the server again"
             )

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Literal
 
 from guardserve.service.versions import LOAD_TIMEOUT
@@ -111,7 +112,8 @@ class Reloading:
         """Find out whether all have loaded the same."""
         if not self._prepared:
             self._fail("no worker is left that could have loaded it")
-        differing = sorted({part for other in self._prepared for part in differences(other, self._prepared[0])})
+        pairs = combinations(self._prepared, 2)  # of three, one may have code that only another has too
+        differing = sorted({part for one, other in pairs for part in differences(one, other)})
         if differing:
             self._fail(f"the workers differ in {', '.join(differing)}, as files have changed meanwhile: try again")
 

@@ -167,7 +167,7 @@ class Supervisor:
             self._admission.go_on()
         except GuardserveError as error:
             self._failure = error
-            _log.error("the workers finish what they have accepted, and end: %s", error)
+            _log.error("the workers finish what they have accepted, and end")
             self._end()
 
     def _have_answered(self) -> None:

@@ -28,6 +28,7 @@ from guardserve.service.background import serve_in_background
 from guardserve.service.connection import PATIENCE, Connection
 from guardserve.service.gateway import Gateway
 from guardserve.service.limits import Limits
+from guardserve.service.request import SMALL
 from guardserve.signature import TensorSpec
 
 INFER = "/v2/models/net/infer"
@@ -144,7 +145,7 @@ def test_what_is_not_plain_takes_the_long_way(short: mock.Mock) -> None:
         connection.socket.sendall(request(4, path="/v2/models/other/infer"))
         assert connection.answer()[0] == 404
         tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [5, 1, 2]}
-        assert client.post(INFER, json={"inputs": [tensor], "id": "x" * reading.SMALL}).status_code == 200
+        assert client.post(INFER, json={"inputs": [tensor], "id": "x" * SMALL}).status_code == 200
         assert short.call_count == 0
         connection.socket.sendall(request(6))
         assert connection.first() == 6
@@ -381,6 +382,19 @@ def test_a_client_that_takes_no_answer_is_let_go() -> None:
         assert idle.socket.recv(1)
         with pytest.raises(ConnectionError):
             send_for_ever(idle, request(1))
+
+
+def test_what_comes_at_once_with_the_last_request_is_passed_over() -> None:
+    """It is read with that, and neither answered nor counted, whatever it is."""
+    refused = b"POST /v2/models/net/infer HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\n{}"
+    with serving(Echo()) as client:
+        for behind in (refused, request(1), b"GET /v2/health/live HTTP/1.0\r\n\r\n", b"garbage\r\n\r\n"):
+            with connected(client) as connection:
+                connection.socket.sendall(refused + behind)
+                assert connection.file.read().count(b"HTTP/1.1 ") == 1
+        assert metric(client, 'guardserve_requests_total{model="net",status="400"}') == 4
+        assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == 0
+        assert metric(client, 'guardserve_requests_in_flight{model="net"}') == 0
 
 
 def test_a_client_that_leaves_the_end_of_its_answers_is_let_go() -> None:
