@@ -312,6 +312,21 @@ def test_a_worker_is_held_back_by_other_code_or_another_profile_too(
     assert crew.told(two) == ([Listen()] if says is None else [])
 
 
+def test_each_worker_has_to_be_like_each_other_and_not_only_like_the_first() -> None:
+    """Of three, one may lack code in which the other two differ."""
+    crew = Crew(3)
+    one, two, three = crew.workers
+    two.loaded = {MODEL: "v1", "package lazy": "1"}
+    crew.restart(three)
+    crew.is_ready(three, "v1", **{"package lazy": "2"})
+    assert three.held
+    three.admitted = True
+    crew.reloading.begin()
+    for worker, lazy in ((one, {}), (two, {"package lazy": "1"}), (three, {"package lazy": "2"})):
+        crew.reloading.hear(worker, Prepared(1, {MODEL: "v2", **lazy}))
+    assert [told[-1] for told in crew.all_told()] == [Decide(1, commit=False)] * 3
+
+
 def test_a_model_that_is_another_each_time_is_refused_when_workers_first_start() -> None:
     """No second worker would ever answer; files that are replaced later are no reason to end."""
     crew = Crew()

@@ -158,6 +158,16 @@ def test_a_package_is_remembered_from_its_import_on(packages: Path, monkeypatch:
         code.check()
 
 
+def test_what_another_release_has_left_behind_is_no_change(packages: Path) -> None:
+    """It is asked of the same one, at the import and later."""
+    left = packages / "layers_in_use-0.9.dist-info"
+    left.mkdir()
+    (left / "METADATA").write_text("Metadata-Version: 2.1\nName: layers_in_use\nVersion: 0.9\n")
+    code = ImportedCode()
+    assert "package layers_in_use" in code.known
+    code.check()
+
+
 def test_of_packages_that_share_a_namespace_only_those_in_use_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
