@@ -57,8 +57,8 @@ class BufferWatch:
     Almost every in-place operation on a tensor raises its version counter, and those are compared: for the first call,
     then for one every :data:`LOOK_INTERVAL`, or what came meanwhile in a longer hold, and while they change for each.
     Batch normalisation does not: in training mode it writes running statistics behind the counter's back. So from time
-    to time the contents are compared too, by their sums of bit patterns; running statistics of BatchNorm layers that
-    were written so are put back, as a copy of them is kept.
+    to time the contents at the beginning of a call and at its end are compared too, by their sums of bit patterns; if
+    a call has written running statistics of BatchNorm layers so, the copy that was kept at the last time is put back.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,28 +74,28 @@ class BufferWatch:
                 # it hands out new Python objects at each access, so what it holds is listed once
                 self._script |= {f"{name}.{key}" if name else key: b for key, b in module.named_buffers(recurse=False)}
         self._layers = [layer for _, layer in batchnorm_layers(model)]
-        self._content: dict[int, int] | None = None
         self._statistics: dict[int, torch.Tensor] = {}
+        self._stale = True
+        self._before: dict[int, int] | None = None
         self._next_look = self._next_content = 0.0
-        self._marked = False
+        self._marked = self._changing = False
         self._whole_at = 0.0
         self._lazy = {id(b) for _, b in self._named() if is_lazy(b)}
         self._seen = self._look()
         self.mark()
 
     def mark(self) -> None:
-        """Begin to look for changes, if it is time: take the buffers as they are now for unchanged.
-
-        What nothing but their contents could tell of is an exception.
-        """
-        self._marked = time.monotonic() >= self._next_look
-        self._whole_at = 0.0
+        """Begin to look for changes, if it is time: take the buffers as they are now for unchanged."""
+        now = time.monotonic()
+        self._marked, self._whole_at, self._before = now >= self._next_look, 0.0, None
         if not self._marked:
             return
         if not self._seen.is_current():
-            self._seen, self._content = self._look(), None
-        if self._content is None and time.monotonic() >= self._next_content:
-            self._keep(self._contents())
+            self._seen, self._stale = self._look(), True
+        if self._changing or now >= self._next_content:
+            self._before = self._contents()
+            if self._stale:
+                self._keep(self._before)
 
     def changed(self) -> list[str]:
         """Return the qualified names of the buffers that changed since the last look, if it is time, and mark.
@@ -118,13 +118,16 @@ class BufferWatch:
         old, new = before.versions, self._seen.versions
         changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
         contents = self._contents()
-        if self._content is not None:
-            behind = {key for key, value in contents.items() if self._content.get(key, value) != value} - changed
+        if self._before is not None:
+            behind = {key for key, value in contents.items() if self._before.get(key, value) != value} - changed
             if self._put_back(behind):
                 self._seen, contents = self._look(), self._contents()
             changed |= behind
-        self._keep(contents)
+        if self._before is not None or self._stale:
+            self._keep(contents)
+        self._before = contents
         self._next_content = time.monotonic() + CONTENT_INTERVAL
+        self._changing = bool(changed)
         if not changed:
             self._rest(now)
         return [name for name, buffer in self._named() if id(buffer) in changed]
@@ -144,7 +147,7 @@ class BufferWatch:
         return True
 
     def _keep(self, contents: dict[int, int]) -> None:
-        self._content = contents
+        self._stale = False
         statistics = (b for layer in self._layers for b in (layer.running_mean, layer.running_var))
         self._statistics = {id(b): b.detach().clone() for b in statistics if b is not None and id(b) in contents}
 

@@ -82,7 +82,7 @@ class EvalHold:
             The modules that somebody put in training mode during the hold.
         """
         with _LOCK:
-            flipped = self._release()
+            flipped = self._release() if self.depth else []  # closed meanwhile
         if _abandoned:
             _let_go_of_abandoned()
         return flipped

@@ -182,7 +182,7 @@ def test_a_worker_that_ends_while_it_loads_keeps_the_others_from_it() -> None:
 
 
 def test_whoever_asks_meanwhile_is_told_so() -> None:
-    """And a second signal has no effect."""
+    """And once it is over, it is done once more for signals that came meanwhile."""
     crew = Crew()
     one, two = crew.workers
     crew.reloading.begin((one, 1))
@@ -191,6 +191,13 @@ def test_whoever_asks_meanwhile_is_told_so() -> None:
     assert crew.told(one) == [Prepare(1)]
     prepare, outcome = crew.told(two)
     assert (prepare, outcome.ticket, outcome.running) == (Prepare(1), 5, True)
+    crew.reloading.begin()
+    for number in (1, 2):
+        for message in (Prepared, Decided):
+            for worker in crew.workers:
+                crew.reloading.hear(worker, message(number, {MODEL: "v2"}))
+        assert Prepare(number + 1) in crew.told(two) or number == 2
+    assert not crew.reloading.running
 
 
 def test_a_worker_that_is_starting_starts_anew_when_the_model_is_loaded_again() -> None:

@@ -293,9 +293,7 @@ class Inference:
         if result.p_values is not None:
             asked = bool(request.parameters.get(P_VALUES))
             parameters = {**parameters, **self._shift.parameters(result.p_values, asked=asked)}
-        strings = False
-        if request.parameters:
-            strings = json_member(request.parameters, NONFINITE_STRINGS, bool, "the request's parameters") or False
+        strings = bool(request.parameters) and self._strings(request)
         try:
             body, headers = self._writer.write(result.outputs, request, parameters, nonfinite_strings=strings)
         except ProtocolError as error:
@@ -338,7 +336,12 @@ class Inference:
         if not request.parameters:  # as of most
             judged = self._shift.action != "observe" and self.runtime.scores
             return self._limits.request_timeout, False, self._on_nonfinite == "flag", judged
+        self._strings(request)  # which is refused, if need be, before the forward
         return *self._timeout(request), self._flags(request), self._scores(request)
+
+    def _strings(self, request: InferRequest) -> bool:
+        """Tell whether non-finite outputs in JSON are to be written as strings."""
+        return json_member(request.parameters, NONFINITE_STRINGS, bool, "the request's parameters") or False
 
     def _timeout(self, request: InferRequest) -> tuple[float | None, bool]:
         """Return the seconds that a request may take, and whether it said so itself, in microseconds."""

@@ -34,7 +34,7 @@ CLOSE_TIMEOUT = 30.0
 """Seconds for the forward of a version that answers no more, when nobody waits for it."""
 
 POLL = 0.1
-"""Seconds between two looks whether the server is stopping while a new version is on its way."""
+"""Seconds between two looks whether the server is stopping, or the way is free, while a new version is on its way."""
 
 FREE_AFTER = (0.0, 0.2, 0.4, 0.8)
 """Seconds before each try to free the memory of a version: a thread that is just ending may still have it."""
@@ -96,6 +96,7 @@ class Versions:
         self._serve = serve
         self._load = load
         self._together = together
+        self._hung_up = self._heeding = False
         self._loading = False
         self._next: Inference | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -196,16 +197,23 @@ class Versions:
 
     def _hang_up(self) -> None:
         """Load the model again for SIGHUP."""
+        self._hung_up = True
+        if not self._heeding:
+            self._heeding = True
+            self._spawn(self._heed())
 
-        async def reload() -> None:
-            try:
-                await self.reload()
-            except ReloadRunningError as error:
-                _log.warning("SIGHUP: %s", error)
-            except ReloadError:
-                pass  # it is in the log
-
-        self._spawn(reload())
+    async def _heed(self) -> None:
+        """Load the model once more for signals that come while it is being loaded: files may be newer than that."""
+        try:
+            while self._hung_up:
+                if self._loading:
+                    await asyncio.sleep(POLL)
+                    continue
+                self._hung_up = False
+                with suppress(ReloadError):  # it is in the log
+                    await self.reload()
+        finally:
+            self._heeding = False
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

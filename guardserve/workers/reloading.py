@@ -43,6 +43,7 @@ class Reloading:
         self._prepared: list[Contents] = []
         self._failure: str | None = None
         self._asker: tuple[Worker, int] | None = None
+        self._once_more = False
         self.ends_by: float | None = None
 
     @property
@@ -51,12 +52,15 @@ class Reloading:
         return self._step != "none"
 
     def begin(self, asker: tuple[Worker, int] | None = None) -> None:
-        """Begin, for a worker that was asked to, with its ticket, or for a signal."""
+        """Begin, for a worker that was asked to, with its ticket, or for a signal.
+
+        For a signal that comes meanwhile there is another round: files may be newer than what is being loaded.
+        """
         if self.running:
-            text = "the model is being loaded already: ask again when that is over"
             if asker is None:
-                _log.warning("SIGHUP: %s", text)
+                self._once_more = True
             else:
+                text = "the model is being loaded already: ask again when that is over"
                 asker[0].tell(Outcome(asker[1], text, running=True))
             return
         for worker in self._workers:
@@ -134,6 +138,9 @@ class Reloading:
         self._step, self.ends_by = "none", None
         if self._asker is not None:
             self._asker[0].tell(Outcome(self._asker[1], self._failure))
+        if self._once_more:
+            self._once_more = False
+            self.begin()
 
     def _fail(self, reason: str) -> None:
         """Remember the first failure."""

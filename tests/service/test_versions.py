@@ -413,6 +413,8 @@ def test_alarms_that_a_detector_takes_over_are_counted_once(tmp_path: Path) -> N
 PROGRAM = Path(sys.executable).with_name("guardserve")
 
 FACTORY = """
+import time
+
 import torch
 from torch import nn
 
@@ -422,6 +424,17 @@ from guardserve import example_input
 @example_input(input=torch.zeros(1, 3))
 def net():
     return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
+class Slow(nn.Sequential):
+    def forward(self, input):
+        time.sleep(0.1)
+        return super().forward(input)
+
+
+@example_input(input=torch.zeros(1, 3))
+def slow():
+    return Slow(*net())
 
 
 one = net()
@@ -474,6 +487,24 @@ def asked(client: httpx.Client) -> Sequence[float]:
     assert answer.status_code == 200, answer.text
     outputs: Sequence[float] = answer.json()["outputs"][0]["data"]
     return outputs
+
+
+def test_a_signal_that_comes_while_the_model_is_loaded_has_it_loaded_once_more(tmp_path: Path) -> None:
+    """It tells of files that may be newer than those which were read, and nobody could ask again for it."""
+    weights = tmp_path / "weights.pt"
+    write_weights(weights, bias=10)
+    with command(tmp_path, "factories:slow", "--weights", "weights.pt", "--name", "net") as (process, client):
+        assert min(asked(client)) > 5
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "loading another version" in (tmp_path / "log").read_text())
+        time.sleep(0.2)
+        write_weights(weights, bias=-10)
+        for _ in range(2):
+            process.send_signal(signal.SIGHUP)
+        wait_until(lambda: reloads(client) == (2, 0))
+        assert max(asked(client)) < -5
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_sighup_loads_the_weights_again_unless_they_or_the_profile_do_not_fit(tmp_path: Path) -> None:
