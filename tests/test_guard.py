@@ -300,6 +300,22 @@ def test_the_models_own_error_is_the_one_to_be_seen() -> None:
     assert guard.counts["buffers_changed"] == 1
 
 
+def test_a_guard_that_is_closed_while_it_holds_lets_go_once(net: Net) -> None:
+    """Whoever is inside leaves as always, and later guards hold the model as always."""
+    net.train()
+    before = flags(net)
+    with EvalGuard(net) as held:
+        assert not held.training
+        guard = EvalGuard(net)
+        with guard:
+            guard.close()
+    assert flags(net) == before
+    for again in (guard, EvalGuard(net)):
+        with again:
+            assert not net.training
+        assert flags(net) == before
+
+
 def test_a_guard_that_is_garbage_while_it_holds_lets_go(net: Net) -> None:
     """Nobody could release it any more."""
     before = flags(net)

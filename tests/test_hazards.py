@@ -328,6 +328,26 @@ def test_loading_weights_between_calls_is_no_change_by_inference() -> None:
     assert guard.counts["buffers_changed"] == 0
 
 
+@pytest.mark.parametrize("seconds", [0.3, 1.5])
+@pytest.mark.parametrize("through", ["data", "numpy"])
+def test_statistics_that_are_written_between_calls_stay(seconds: float, through: str, clock: Clock) -> None:
+    """However they are written, and however long ago the last call was."""
+    model = convnet().eval()
+    statistics = model.get_buffer("1.running_mean")
+    guard = EvalGuard(model)
+    guard(X)
+    clock.now += seconds
+    if through == "data":
+        statistics.data.fill_(3.0)
+    else:
+        statistics.numpy().fill(3.0)
+    want = expected(model)
+    for _ in range(2):
+        torch.testing.assert_close(guard(X), want)
+        clock.now += seconds
+    assert guard.counts["buffers_changed"] == 0
+
+
 def test_models_loaded_in_inference_mode_can_be_guarded() -> None:
     """Their buffers keep no version counter, which must not stop anything."""
     with torch.inference_mode():

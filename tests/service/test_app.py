@@ -374,6 +374,8 @@ def test_nonfinite_outputs_never_become_a_silent_null() -> None:
         message = error(client.post(INFER, json=nonfinite_request(guardserve_on_nonfinite="ignore")), 400)
         assert "'ignore', not error or flag" in message
         error(client.post(INFER, json=nonfinite_request(guardserve_on_nonfinite="error")), 500)
+        message = error(client.post(INFER, json=nonfinite_request(guardserve_nonfinite_strings=1)), 400)
+        assert "guardserve_nonfinite_strings of the request's parameters must be a JSON boolean" in message
 
 
 def test_infinity_is_written_with_its_sign() -> None:
