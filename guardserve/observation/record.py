@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from guardserve.observation import workspace
+from guardserve.observation import sheets
 from guardserve.observation.keys import Keys
 from guardserve.observation.reading import Reading, Rows, Scratch, side_by_side
-from guardserve.observation.workspace import Layout, Place, Sheet, Slot
+from guardserve.observation.sheets import Sheet
+from guardserve.observation.workspace import Layout, Place, Slot
 
 _CHANNELS = 2**13
 """What a model is taken to have, where nobody has counted."""
@@ -115,7 +116,7 @@ class Record:
             if self.sheet is None:
                 rows = side_by_side(self.readings)
             else:
-                ((_, rows),) = workspace.sum_up([self.sheet])
+                ((_, rows),) = sheets.sum_up([self.sheet])
             self.take(rows)
         return rows
 
@@ -151,7 +152,7 @@ class Record:
                 return
             if self.taken:  # it took another way
                 taken = {i for i, slot in enumerate(self.slots) if slot is not None and slot.turn == self.turn}
-                ((_, rows),) = workspace.sum_up([sheet])
+                ((_, rows),) = sheets.sum_up([sheet])
                 parts = [part for part in sheet.workspace.parts(rows) if part[0] in taken]
                 self.readings += [Reading.of(index, rows) for index, rows in parts]
             self._give_back()
@@ -185,5 +186,5 @@ def sum_up(records: Iterable[Record]) -> None:
     Where layers have one position there is next to nothing to sum up: see :meth:`Record.inputs`.
     """
     waiting = {record.sheet: record for record in records if record.sheet is not None}
-    for sheet, rows in workspace.sum_up([sheet for sheet in waiting if not sheet.workspace.flat]):
+    for sheet, rows in sheets.sum_up([sheet for sheet in waiting if not sheet.workspace.flat]):
         waiting[sheet].take(rows)

@@ -34,7 +34,8 @@ from guardserve.observation.compiled import (
 from guardserve.observation.keys import sample_keys
 from guardserve.observation.reading import VALUES, Plan, Reading, Scratch, plan_for, read
 from guardserve.observation.record import Record
-from guardserve.observation.workspace import Place, Sheets, Slot, Workspace, fits
+from guardserve.observation.sheets import Sheets
+from guardserve.observation.workspace import Place, Slot, Workspace, fits
 from guardserve.tracing import is_tracing
 
 TIMED = 16

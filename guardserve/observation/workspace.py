@@ -1,4 +1,4 @@
-"""Reading all layers of a small forward into one buffer, to sum them up together afterwards.
+"""How all layers of a small forward are read into one buffer, and summed up together afterwards.
 
 On a CPU an operation costs tens of microseconds between the layers of a model, where caches hold other things, however
 little it does. So each layer only copies its cell, and the sums of all layers are taken at once: after the forward, and
@@ -9,9 +9,9 @@ many positions, which are together, one operation sums a cell up in about the ti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -23,15 +23,6 @@ from guardserve.observation.reading import Cell, Plan, Rows
 MOST_VALUES = 2**20
 """Values that a buffer holds at most, 4 MB; where more would be read, an operation more or less is no matter."""
 
-MOST_WAITING = 2**19
-"""Values that may wait to be summed up."""
-
-FEWEST_WAITING = 4
-"""Forwards from which on it is worth their memory to sum them up together."""
-
-MOST_TOGETHER = 32
-"""Forwards that are summed up together at most."""
-
 FEWEST_POSITIONS = 48
 """Positions of a channel from which on an activation of several samples is summed up at once, if all of it is read."""
 
@@ -42,8 +33,6 @@ MOST_CHANNELS = 128
 """Channels up to which it is."""
 
 _LEAST_SIZE = 2**12
-
-_KEPT_SHEETS = 16
 
 _AT_ONCE = 64
 """Values that are added up one after the other at most: it rounds like this many additions."""
@@ -363,146 +352,6 @@ def _folded(values: _Array) -> _Array | None:
         return None
     parts = count // length
     return values[:, : length * parts].reshape(forwards, length, parts, *sizes)
-
-
-class Sheet:
-    """A buffer laid out for forwards of one shape: what one of them writes down.
-
-    Attributes:
-        workspace: How it is laid out.
-        slots: The slot of each observation point; None where there is none.
-        buffer: The buffer.
-    """
-
-    def __init__(self, workspace: Workspace, buffer: _Buffer, shelf: _Shelf) -> None:
-        self.workspace = workspace
-        self.slots = workspace.slots(buffer.values)
-        self.buffer = buffer
-        self._shelf = shelf
-        self._waiting = False
-        self._turning: dict[Plan, list[Slot]] = {}
-        for slot in self.slots:
-            if slot is not None and slot.plan.size != slot.shape:
-                self._turning.setdefault(slot.plan, []).append(slot)
-
-    def turn_to(self, turn: int) -> list[Slot | None]:
-        """Return the slots, for a forward: all are told at once what to take, as between layers caches are cold."""
-        for plan, slots in self._turning.items():
-            cells = plan.cells(turn)
-            for slot in slots:
-                slot.cells = cells
-        return self.slots
-
-    def wait(self) -> bool:
-        """Let what was written wait to be summed up, unless that would take too much memory for what it saves.
-
-        Summing up takes many operations, as many for one forward as for several that are alike.
-        """
-        worth = self.workspace.flat or self._shelf.most >= FEWEST_WAITING
-        self._waiting = worth and len(self._shelf.waiting) < self._shelf.most
-        if self._waiting:
-            self._shelf.waiting.append(None)
-        return self._waiting
-
-    def inputs(self) -> npt.NDArray[np.float32] | None:
-        """Return what was written, ``(N, sum of C)``, if each layer has one position."""
-        return self.workspace.inputs(self.buffer.block[self.buffer.row])
-
-    def give_back(self) -> None:
-        """Let another forward have it."""
-        if self._waiting:
-            self._waiting = False
-            self._shelf.waiting.pop()
-        self._shelf.free.append(self.buffer)
-
-
-class Sheets:
-    """The buffers that all forwards of a model share, in any thread.
-
-    Appending to lists and popping from them is all that threads do with them at the same time.
-    """
-
-    def __init__(self) -> None:
-        self._shelves: dict[int, _Shelf] = {}
-
-    def take(self, workspace: Workspace) -> Sheet:
-        """Return a sheet that no other forward has."""
-        size = workspace.size
-        shelf = self._shelves.get(size)
-        if shelf is None:
-            shelf = self._shelves.setdefault(size, _Shelf(size))
-        buffer = shelf.buffer()
-        sheet = buffer.sheets.get(workspace)
-        if sheet is None:
-            if len(buffer.sheets) >= _KEPT_SHEETS:
-                buffer.sheets.clear()
-            with torch.inference_mode(mode=False), torch.no_grad():
-                sheet = buffer.sheets[workspace] = Sheet(workspace, buffer, shelf)
-        return sheet
-
-
-class _Shelf:
-    """Buffers of one size.
-
-    Args:
-        size: Number of values of each.
-
-    Attributes:
-        most: How many forwards may wait to be summed up.
-        free: The buffers that no forward has.
-        waiting: As many items as forwards wait.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.most = MOST_WAITING // size
-        self.free: list[_Buffer] = []
-        self.waiting: list[None] = []
-        self._size = size
-
-    def buffer(self) -> _Buffer:
-        """Return a buffer that no forward has; where many may wait, they are made side by side."""
-        try:
-            return self.free.pop()
-        except IndexError:
-            count = self.most if self.most >= FEWEST_WAITING else 1
-            with torch.inference_mode(mode=False), torch.no_grad():
-                block = torch.empty(min(count, MOST_TOGETHER), self._size, dtype=torch.float32, device="cpu")
-                array = block.numpy()
-                buffer, *others = [_Buffer(values, array, row) for row, values in enumerate(block)]
-            self.free += reversed(others)
-            return buffer
-
-
-class _Buffer:
-    """Memory of a sheet; what is not written to takes none.
-
-    Attributes:
-        values: The memory.
-        block: It and others, of shape ``(buffers, size)``.
-        row: Which of these it is.
-        sheets: Its layouts so far.
-    """
-
-    def __init__(self, values: torch.Tensor, block: _Array, row: int) -> None:
-        self.values = values
-        self.block = block
-        self.row = row
-        self.sheets: dict[Workspace, Sheet] = {}
-
-
-def sum_up(sheets: Iterable[Sheet]) -> Iterator[tuple[Sheet, Rows]]:
-    """Sum up what was written in sheets, those together that are laid out alike and side by side in memory; once."""
-    ordered = sorted(sheets, key=lambda sheet: (id(sheet.workspace), id(sheet.buffer.block), sheet.buffer.row))
-    for _, run in groupby(enumerate(ordered), key=_run):
-        alike = [sheet for _, sheet in run]
-        first = alike[0].buffer
-        yield from zip(alike, alike[0].workspace.rows(first.block[first.row :][: len(alike)]), strict=True)
-
-
-def _run(ranked: tuple[int, Sheet]) -> tuple[int, int, int]:
-    """Tell what sheets have in common that follow each other."""
-    rank, sheet = ranked
-    return id(sheet.workspace), id(sheet.buffer.block), sheet.buffer.row - rank
 
 
 def fits(places: Sequence[Place]) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from guardserve import Monitor
 from guardserve.monitor import accumulation
-from guardserve.observation import workspace
+from guardserve.observation import sheets, workspace
 from guardserve.observation.reading import Rows
 from guardserve.observation.record import Record, sum_up
 from guardserve.observation.taps import Taps
@@ -147,8 +147,8 @@ def test_so_many_may_wait_and_no_more(
 
     Those whose layers have one position wait in any case. Records that nobody looks at give back what they hold.
     """
-    monkeypatch.setattr(workspace, "MOST_WAITING", 3 * 2**12)
-    monkeypatch.setattr(workspace, "FEWEST_WAITING", fewest)
+    monkeypatch.setattr(sheets, "MOST_WAITING", 3 * 2**12)
+    monkeypatch.setattr(sheets, "FEWEST_WAITING", fewest)
     model = build()
     x = torch.randn(1, 8) if build is mlp else torch.randn(1, 3, 16, 16)
     taps = Taps(model, records.append)
