@@ -155,7 +155,8 @@ class Connection(HttpToolsProtocol):
         """End."""
         if self.transport is not None:
             self._stop_waiting()
-            self._stop_writing()
+            if self._writing is not None:
+                self._writing.cancel()
             if self._looking is not None:
                 self._looking.cancel()
             super().connection_lost(exc)
@@ -453,11 +454,6 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
         elif left:
             self._writing = self.loop.call_later(WRITE_TIMEOUT, self._wait_for_client, left)
-
-    def _stop_writing(self) -> None:
-        if self._writing is not None:
-            self._writing.cancel()
-            self._writing = None
 
     def _stop_waiting(self) -> None:
         if self._waiting is not None:

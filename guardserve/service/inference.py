@@ -293,7 +293,7 @@ class Inference:
         if result.p_values is not None:
             asked = bool(request.parameters.get(P_VALUES))
             parameters = {**parameters, **self._shift.parameters(result.p_values, asked=asked)}
-        strings = bool(request.parameters) and self._strings(request)
+        strings = self._strings(request)
         try:
             body, headers = self._writer.write(result.outputs, request, parameters, nonfinite_strings=strings)
         except ProtocolError as error:
@@ -305,15 +305,16 @@ class Inference:
 
     def _submit(self, request: InferRequest, ended: Callable[[Outcome], object], receive: Receive | None) -> Pending:
         loop = asyncio.get_running_loop()
-        timeout, own, flags, scores = self._wishes(request)
+        self._strings(request)  # which is refused, if need be, before the forward
+        timeout, own = self._timeout(request)
         deadline = None if timeout is None else time.monotonic() + timeout
         job = Pending(
             list(request.inputs.values()),
             ended,
             receive,
             deadline,
-            allow_nonfinite=flags,
-            score=scores,
+            allow_nonfinite=self._flags(request),
+            score=self._scores(request),
         )
         if request.id is not None and job.identity is not None:
             job.identity.protocol_id = request.id[:MAX_LENGTH]
@@ -330,14 +331,6 @@ class Inference:
             loop.call_soon(self._hand_over)
         self._arrivals += not self._alone
         return job
-
-    def _wishes(self, request: InferRequest) -> tuple[float | None, bool, bool, bool]:
-        """Return a request's time and whether it said so itself, whether it allows non-finite outputs, and scores."""
-        if not request.parameters:  # as of most
-            judged = self._shift.action != "observe" and self.runtime.scores
-            return self._limits.request_timeout, False, self._on_nonfinite == "flag", judged
-        self._strings(request)  # which is refused, if need be, before the forward
-        return *self._timeout(request), self._flags(request), self._scores(request)
 
     def _strings(self, request: InferRequest) -> bool:
         """Tell whether non-finite outputs in JSON are to be written as strings."""
