@@ -81,16 +81,17 @@ class FusedBatchNorm(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - BatchNorm's own name for it
         """Return the input, or what the layer's children make of it."""
         self._check_input_dim(input)
-        for child in self._modules.values():
-            input = child(input)  # type: ignore[misc]  # noqa: A001
-        return input
-
-    def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 - the names that BatchNorm has
         if self.ndim is not None and input.ndim != self.ndim:
             raise ValueError(
                 f"this BatchNorm layer was fused for inputs of {self.ndim} dimensions and got {tuple(input.shape)}: "
                 "fuse the model with an example input, which shows what enters it"
             )
+        for child in self._modules.values():
+            input = child(input)  # type: ignore[misc]  # noqa: A001
+        return input
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 - the names that BatchNorm has
+        """Take any: it is where to look at the input."""
 
     def extra_repr(self) -> str:
         """Say what it stands for."""

@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from guardserve.batchnorm import FusedBatchNorm, GraphBatchNorm
 
-Look = Callable[[nn.Module, torch.Tensor], None]
-"""Called with a layer and its input."""
+Look = Callable[[torch.Tensor], None]
+"""Called with a layer's input."""
 
 _CHECK = "_check_input_dim"
 _ASKS_FIRST = _CHECK in _BatchNorm.forward.__code__.co_names
@@ -54,10 +54,12 @@ def on_input(layer: nn.Module, look: Look, *, training: bool = False) -> Handle:
         return layer.register_forward_pre_hook(_Hook(look), with_kwargs=True)
     with _LOCK:
         inlet: Inlet = vars(layer).get(_CHECK) or Inlet(layer)
-        looks = inlet.training_looks if training else inlet.looks
-        looks.append(look)
+        if training:
+            inlet.training_looks += (look,)
+        else:
+            inlet.looks += (look,)
         vars(layer)[_CHECK] = inlet
-    return _Handle(layer, inlet, looks, look)
+    return _Handle(layer, inlet, look)
 
 
 def has_inlet(layer: nn.Module) -> bool:
@@ -94,20 +96,22 @@ class Inlet:
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        self.looks: list[Look] = []
-        self.training_looks: list[Look] = []
+        self.looks: tuple[Look, ...] = ()
+        self.training_looks: tuple[Look, ...] = ()
         self._layer = layer
-        self._check: Callable[[torch.Tensor], None] = getattr(type(layer), _CHECK).__get__(layer)
+        takes_any = isinstance(layer, (FusedBatchNorm, GraphBatchNorm))
+        self._check: Look | None = None if takes_any else getattr(type(layer), _CHECK).__get__(layer)
 
     def __call__(self, x: torch.Tensor) -> None:
         """Look at an input, and check it."""
-        layer = self._layer
-        if layer.training:
-            for look in tuple(self.training_looks):
-                look(layer, x)
-        for look in tuple(self.looks):
-            look(layer, x)
-        self._check(x)
+        # a compiled forward is guarded by each way in which it came to the layer
+        if self.training_looks and self._layer.training:
+            for look in self.training_looks:
+                look(x)
+        for look in self.looks:
+            look(x)
+        if self._check is not None:
+            self._check(x)
 
     def __reduce__(self) -> tuple[type[Inlet], tuple[nn.Module]]:
         return Inlet, (self._layer,)
@@ -119,19 +123,18 @@ class _Hook:
     def __init__(self, look: Look | None = None) -> None:
         self._look = look
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NOTHING) -> None:
+    def __call__(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NOTHING) -> None:
         if self._look is not None and (args or kwargs):
-            self._look(layer, args[0] if args else next(iter(kwargs.values())))
+            self._look(args[0] if args else next(iter(kwargs.values())))
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
 
 
 class _Handle:
-    def __init__(self, layer: nn.Module, inlet: Inlet, looks: list[Look], look: Look) -> None:
+    def __init__(self, layer: nn.Module, inlet: Inlet, look: Look) -> None:
         self._layer = layer
         self._inlet = inlet
-        self._looks = looks
         self._look = look
         self._forward = type(layer).forward
 
@@ -143,12 +146,13 @@ class _Handle:
 
     def remove(self) -> None:
         """Look no more."""
+        inlet = self._inlet
         with _LOCK:
-            if self._look in self._looks:
-                self._looks.remove(self._look)
-            if (
-                not self._inlet.looks
-                and not self._inlet.training_looks
-                and vars(self._layer).get(_CHECK) is self._inlet
-            ):
+            inlet.looks = _without(inlet.looks, self._look)
+            inlet.training_looks = _without(inlet.training_looks, self._look)
+            if not inlet.looks and not inlet.training_looks and vars(self._layer).get(_CHECK) is inlet:
                 vars(self._layer).pop(_CHECK, None)  # the garbage collector may have come first
+
+
+def _without(looks: tuple[Look, ...], look: Look) -> tuple[Look, ...]:
+    return tuple([other for other in looks if other is not look])

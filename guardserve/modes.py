@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, MutableMapping
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from guardserve.batchnorm import FusedBatchNorm, GraphBatchNorm
 from guardserve.inlets import Handle, has_inlet, on_input
 
 # All are guarded by _LOCK. A module is in _switched while at least one hold needs it in eval mode and it was
@@ -193,14 +195,16 @@ def _heeds_flag(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return False
     known = isinstance(module, (_NormBase, _DropoutNd, nn.RReLU, nn.RNNBase, nn.MultiheadAttention))
-    foreign = not type(module).__module__.startswith("torch.nn.modules.")
+    foreign = not (
+        isinstance(module, (FusedBatchNorm, GraphBatchNorm)) or type(module).__module__.startswith("torch.nn.modules.")
+    )
     return known or (foreign and next(module.children(), None) is None)
 
 
 def _look_after(module: nn.Module, keep: _KeepEval) -> Handle:
     """Have a layer put back in eval mode before it does anything."""
     if has_inlet(module):
-        return on_input(module, keep, training=True)
+        return on_input(module, partial(keep, module), training=True)
     own = vars(module).get("_forward_pre_hooks")
     if type(own) is OrderedDict and not own:  # else there are handles that know it
         vars(module)["_forward_pre_hooks"] = _Hooks()

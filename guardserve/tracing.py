@@ -17,24 +17,30 @@ from guardserve.batchnorm import CHANNEL_AXIS, has_running_stats, is_batchnorm
 from guardserve.modes import EvalHold
 from guardserve.nonfinite import NonFinite, find_nonfinite, is_finite, named_tensors
 
-_state = threading.local()
 _LOCK = threading.Lock()
 
 
-def is_tracing() -> bool:
-    """Tell whether this thread is re-running a forward only to look into it, so that a monitor leaves it out."""
-    return getattr(_state, "tracing", False)
+class _Thread(threading.local):
+    """What is known of each thread.
+
+    Attributes:
+        tracing: Whether it is re-running a forward only to look into it, so that a monitor leaves it out.
+    """
+
+    tracing = False
+
+
+this_thread = _Thread()
 
 
 @contextmanager
 def unmonitored() -> Iterator[None]:
     """Leave the forwards of this thread out of what a monitor sees."""
-    before = is_tracing()
-    _state.tracing = True
+    before, this_thread.tracing = this_thread.tracing, True
     try:
         yield
     finally:
-        _state.tracing = before
+        this_thread.tracing = before
 
 
 @dataclass(frozen=True)

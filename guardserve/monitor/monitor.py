@@ -22,10 +22,10 @@ from guardserve.detection.files import write_whole
 from guardserve.detection.merging import Summarizer, Summary
 from guardserve.detection.reference import ReferenceProfile
 from guardserve.detection.state_file import load_state, state_bytes
-from guardserve.detection.traffic import TrafficReference
 from guardserve.exceptions import ReferenceProfileError
 from guardserve.monitor.accumulation import Constants, Scales, Seen, constants_of, same_constants
 from guardserve.monitor.effect_size import layer_shifts
+from guardserve.monitor.lesson import Lesson
 from guardserve.monitor.verdict import Snapshot, Verdict
 from guardserve.monitor.worker import Worker
 from guardserve.observation.budget import Budget
@@ -65,8 +65,9 @@ class Monitor:
             guard(x)
             print(monitor.snapshot().worst_layer)
 
-    Attach it after wrapping the model and before the first call of a ``torch.compile``-d one. A layer that
-    runs several times in a forward is seen as often.
+    Attach it after wrapping the model and before the first call of a ``torch.compile``-d one, and neither attach nor
+    close it while another thread's forward is being compiled: the compiler then makes that forward raise. A layer that
+    runs several times in a forward is seen as often, also where the model calls itself.
 
     Args:
         model: The model, in any mode.
@@ -116,18 +117,11 @@ class Monitor:
         self._pending: deque[Record] = deque()
         self._detector: Detector | None = None
         self._reader: FeatureReader | None = None
-        self._lesson: _Lesson | None = None
+        self._lesson: Lesson | None = None
         self._waiting = _Waiting()
         self._unobservable: dict[str, tuple[Constants, int]] = {}
-        take = weakref.WeakMethod(self._take)  # or the model's hooks would keep a forgotten monitor alive
-
-        def emit(record: Record) -> None:
-            method = take()
-            if method is not None:
-                method(record)
-
         with self._lock:  # other threads may be in a forward already, and must wait for the taps to be there
-            self._taps = Taps(model, emit, values if reference is None else reference.values)
+            self._taps = Taps(model, self._emitter(), values if reference is None else reference.values)
             self._budget = Budget(self._taps, budget if reference is None else None)
             self._scales = Scales(self._taps.points)
             self._worker = Worker(self._work, "guardserve-monitor")
@@ -192,7 +186,7 @@ class Monitor:
         Raises:
             ReferenceProfileError: If so few samples give no profile, or the monitor has one, or is making it.
         """
-        lesson = _Lesson(samples, target_arl, learned)
+        lesson = Lesson(samples, target_arl, learned)
         with self._lock:
             if self._detector is not None or self._lesson is not None:
                 raise ReferenceProfileError(
@@ -444,24 +438,37 @@ class Monitor:
         else:
             lesson.learned(reference)
 
-    def _take(self, record: Record) -> None:
-        """Receive a record from the taps, in any thread."""
-        record.sink = self._waiting.scores
-        self._pending.append(record)
-        if record.sink is not None:
-            due = len(record.sink) + record.count
-            self._work()
-            record.sink += [math.nan] * (due - len(record.sink))  # whatever went wrong
-            return
-        load = self._load(record)
-        if load > MOST_PENDING / PENDING:
-            self._work()
-        elif load >= 1:
-            self._worker.wake()
+    def _emitter(self) -> Callable[[Record], None]:
+        """Return what receives records from the taps, in any thread."""
+        pending, waiting = self._pending, self._waiting
+        this = weakref.ref(self)  # or the model's hooks would keep a forgotten monitor alive
 
-    def _load(self, record: Record) -> float:
-        """Return how much is pending, if all of it is like one record: from 1 on it is worth the work."""
-        return len(self._pending) * max(1 / PENDING, min(1 / 2, record.size / PENDING_VALUES))
+        def emit(record: Record) -> None:
+            load = math.inf
+            if waiting.scores is None:
+                pending.append(record)
+                # how much is pending, if all of it is like this: from 1 on it is worth the work
+                load = len(pending) * max(1 / PENDING, min(1 / 2, record.size / PENDING_VALUES))
+                if load < 1:
+                    return
+            monitor = this()
+            if monitor is not None:
+                monitor._see_to(record, waiting.scores, load)  # noqa: SLF001
+
+        return emit
+
+    def _see_to(self, record: Record, sink: list[float] | None, load: float) -> None:
+        """Judge a record at once for who waits for its p-values, and what is pending at once or soon."""
+        if sink is not None:
+            due = len(sink) + record.count
+            record.sink = sink
+            self._pending.append(record)
+            self._work()
+            sink += [math.nan] * (due - len(sink))  # whatever went wrong
+        elif load > MOST_PENDING / PENDING:
+            self._work()
+        else:
+            self._worker.wake()
 
     def _work(self) -> None:
         """Judge what is pending, in whichever thread."""
@@ -521,34 +528,6 @@ class Monitor:
         for record in batch:
             if record.sink is not None and record not in complete:
                 record.sink += [math.nan] * record.count
-
-
-class _Lesson:
-    """The reference profile that is being made of what a monitor sees.
-
-    Args:
-        samples: See :meth:`Monitor.learn`, as for the others.
-        target_arl: See there.
-        learned: See there.
-    """
-
-    def __init__(self, samples: int, target_arl: float, learned: Callable[[ReferenceProfile], object]) -> None:
-        self.target_arl = target_arl
-        self.learned = learned
-        self._samples = samples
-        self._traffic: TrafficReference | None = TrafficReference(samples, target_arl=target_arl)
-
-    def restart(self) -> None:
-        """Forget the samples, unless there were enough."""
-        if self._traffic is not None:
-            self._traffic = TrafficReference(self._samples, target_arl=self.target_arl)
-
-    def take(self, taps: Taps, batch: list[Record], done: Callable[[Future[ReferenceProfile]], object]) -> None:
-        """Take what forwards showed, and make the profile once that is enough."""
-        if self._traffic is not None and self._traffic.take(taps.points, batch):
-            taps.keyed = False
-            self._traffic.fit_in_background(done)
-            self._traffic = None
 
 
 class _Waiting(threading.local):

@@ -12,7 +12,7 @@ right, and what they have in common by that would look like a shift to whoever t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
@@ -41,6 +41,8 @@ _WIDEST = 16
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 _KEPT_CELLS = 1024
+
+_KEPT_TURNS = 2**14
 
 _CHUNK = 2**18
 
@@ -208,10 +210,16 @@ class Plan:
         self._row = self._find_row() if self.uniform else 1
         self._apart = self._find_distance()
         self._cells: dict[int, tuple[Cell, ...]] = {}
+        self._turned: dict[int, tuple[Cell, ...]] = {}
 
     def cells(self, turn: int) -> tuple[Cell, ...]:
         """Return what is read in a forward, all samples in order: cells from that of some position on."""
-        place = turn * self.step % self.positions if self.positions else 0
+        positions = max(1, self.positions)
+        remainder = turn % positions
+        known = self._turned.get(remainder)
+        if known is not None:
+            return known
+        place = remainder * self.step % positions
         index = 0
         for size, count, part_of in self._axes:
             place, i = divmod(place, size)
@@ -221,6 +229,9 @@ class Plan:
             if len(self._cells) >= _KEPT_CELLS:
                 self._cells.clear()
             cells = self._cells[index] = tuple(self._make(index))
+        if len(self._turned) >= _KEPT_TURNS:
+            self._turned.clear()
+        self._turned[remainder] = cells
         return cells
 
     def count(self, turn: int = 0) -> int:
@@ -399,12 +410,18 @@ def _arranged(memory: torch.Tensor, x: torch.Tensor, size: tuple[int, ...]) -> t
 
 def _subtract(x: torch.Tensor, plan: Plan, turn: int, anchor: torch.Tensor, deviation: torch.Tensor) -> None:
     """Write down how far what is read is from the anchor."""
+    for values, out in paired(plan.cells(turn), x, deviation):
+        torch.sub(values, anchor, out=out)
+
+
+def paired(cells: Iterable[Cell], x: torch.Tensor, whole: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield views of an activation, each with where that belongs in ``(N, C, *positions)``."""
     start = x.storage_offset()
-    for cell in plan.cells(turn):
-        out = deviation[cell.samples]
+    for cell in cells:
+        part = whole[cell.samples]
         if cell.rounds is not None:
-            out = out.view(cell.rounds, -1, *out.shape[1:])
-        torch.sub(x.as_strided(cell.size, cell.stride, start + cell.offset), anchor, out=out)
+            part = part.view(cell.rounds, -1, *part.shape[1:])
+        yield x.as_strided(cell.size, cell.stride, start + cell.offset), part
 
 
 class Rows(NamedTuple):

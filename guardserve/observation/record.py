@@ -40,44 +40,25 @@ class Record:
         scratch: What holds the readings until the forward is over.
     """
 
-    __slots__ = (
-        "_rows",
-        "bundle",
-        "key",
-        "keys",
-        "places",
-        "readings",
-        "ready",
-        "samples",
-        "scratch",
-        "seconds",
-        "sheet",
-        "sink",
-        "slots",
-        "spent",
-        "taken",
-        "turn",
-        "values",
-    )
+    taken = 0
+    sheet: Sheet | None = None
+    scratch: Scratch | None = None
+    key: tuple[torch.Size, int | None, bool] | None = None
+    keys: Keys | None = None
+    bundle: Layout | None = None
+    ready: torch.cuda.Event | None = None
+    seconds: float | None = None
+    spent = 0.0
+    sink: list[float] | None = None
+    _rows: Rows | None = None
 
     def __init__(self, samples: int | None, turn: int, values: int | None, slots: list[Slot | None]) -> None:
         self.samples = samples
         self.turn = turn
         self.values = values
-        self.readings: list[Reading] = []
-        self.sheet: Sheet | None = None
         self.slots = slots
-        self.taken = 0
-        self.scratch: Scratch | None = None
-        self.key: tuple[torch.Size, int | None, bool] | None = None
-        self.keys: Keys | None = None
+        self.readings: list[Reading] = []
         self.places: list[Place] = []
-        self.bundle: Layout | None = None
-        self.ready: torch.cuda.Event | None = None
-        self.seconds: float | None = None
-        self.spent = 0.0
-        self.sink: list[float] | None = None
-        self._rows: Rows | None = None
 
     @property
     def count(self) -> int:
@@ -145,15 +126,16 @@ class Record:
         """End a forward: what was written down is all that it showed, or makes readings like the others."""
         sheet = self.sheet
         if sheet is not None:
-            if self.taken == len(sheet.workspace.order) and not self.readings:
-                self.bundle = sheet.workspace
+            workspace = sheet.workspace
+            if self.taken == len(workspace.order) and not self.readings:
+                self.bundle = workspace
                 if not sheet.wait():
                     self.rows()
                 return
             if self.taken:  # it took another way
                 taken = {i for i, slot in enumerate(self.slots) if slot is not None and slot.turn == self.turn}
                 ((_, rows),) = sheets.sum_up([sheet])
-                parts = [part for part in sheet.workspace.parts(rows) if part[0] in taken]
+                parts = [part for part in workspace.parts(rows) if part[0] in taken]
                 self.readings += [Reading.of(index, rows) for index, rows in parts]
             self._give_back()
         self._compact()

@@ -33,6 +33,7 @@ class Sheet:
         workspace: How it is laid out.
         slots: The slot of each observation point; None where there is none.
         buffer: The buffer.
+        turning: The slots that take another cell in each forward, by the plan by which they do.
     """
 
     def __init__(self, workspace: Workspace, buffer: _Buffer, shelf: _Shelf) -> None:
@@ -41,18 +42,10 @@ class Sheet:
         self.buffer = buffer
         self._shelf = shelf
         self._waiting = False
-        self._turning: dict[Plan, list[Slot]] = {}
+        self.turning: dict[Plan, list[Slot]] = {}
         for slot in self.slots:
             if slot is not None and slot.plan.size != slot.shape:
-                self._turning.setdefault(slot.plan, []).append(slot)
-
-    def turn_to(self, turn: int) -> list[Slot | None]:
-        """Return the slots, for a forward: all are told at once what to take, as between layers caches are cold."""
-        for plan, slots in self._turning.items():
-            cells = plan.cells(turn)
-            for slot in slots:
-                slot.cells = cells
-        return self.slots
+                self.turning.setdefault(slot.plan, []).append(slot)
 
     def wait(self) -> bool:
         """Let what was written wait to be summed up, unless that would take too much memory for what it saves.
@@ -86,19 +79,29 @@ class Sheets:
     def __init__(self) -> None:
         self._shelves: dict[int, _Shelf] = {}
 
-    def take(self, workspace: Workspace) -> Sheet:
-        """Return a sheet that no other forward has."""
+    def take(self, workspace: Workspace, turn: int) -> Sheet:
+        """Return a sheet that no other forward has.
+
+        All of its slots are told at once what to take in this turn, as between layers caches are cold.
+        """
         size = workspace.size
         shelf = self._shelves.get(size)
         if shelf is None:
             shelf = self._shelves.setdefault(size, _Shelf(size))
-        buffer = shelf.buffer()
+        try:
+            buffer = shelf.free.pop()
+        except IndexError:
+            buffer = shelf.make()
         sheet = buffer.sheets.get(workspace)
         if sheet is None:
             if len(buffer.sheets) >= _KEPT_SHEETS:
                 buffer.sheets.clear()
             with torch.inference_mode(mode=False), torch.no_grad():
                 sheet = buffer.sheets[workspace] = Sheet(workspace, buffer, shelf)
+        for plan, slots in sheet.turning.items():
+            cells = plan.cells(turn)
+            for slot in slots:
+                slot.cells = cells
         return sheet
 
 
@@ -120,18 +123,15 @@ class _Shelf:
         self.waiting: list[None] = []
         self._size = size
 
-    def buffer(self) -> _Buffer:
-        """Return a buffer that no forward has; where many may wait, they are made side by side."""
-        try:
-            return self.free.pop()
-        except IndexError:
-            count = self.most if self.most >= FEWEST_WAITING else 1
-            with torch.inference_mode(mode=False), torch.no_grad():
-                block = torch.empty(min(count, MOST_TOGETHER), self._size, dtype=torch.float32, device="cpu")
-                array = block.numpy()
-                buffer, *others = [_Buffer(values, array, row) for row, values in enumerate(block)]
-            self.free += reversed(others)
-            return buffer
+    def make(self) -> _Buffer:
+        """Make a buffer, and where many may wait, others beside it."""
+        count = self.most if self.most >= FEWEST_WAITING else 1
+        with torch.inference_mode(mode=False), torch.no_grad():
+            block = torch.empty(min(count, MOST_TOGETHER), self._size, dtype=torch.float32, device="cpu")
+            array = block.numpy()
+            buffer, *others = [_Buffer(values, array, row) for row, values in enumerate(block)]
+        self.free += reversed(others)
+        return buffer
 
 
 class _Buffer:

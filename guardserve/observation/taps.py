@@ -5,6 +5,8 @@ The hot path is here: a few tensor operations a layer, no synchronisation, no ju
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import logging
 import sys
@@ -16,19 +18,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
-from guardserve.batchnorm import CHANNEL_AXIS, ObservationPoint, batchnorm_layers, observation_points
+from guardserve.batchnorm import ObservationPoint, batchnorm_layers, observation_points
 from guardserve.graphs import SCRIPT_OPERATORS, GraphMarks, graph_norms
 from guardserve.inlets import NOTHING, Look, looks_still, on_input
 from guardserve.nonfinite import named_tensors
 from guardserve.observation.compiled import (
-    Inbox,
+    InGraph,
+    LayerSums,
     Traced,
     exporting,
-    faked,
+    fake_mode,
     hand_over,
     per_sample,
-    read_in_graph,
+    read_layer,
+    skip,
     uncompiled,
 )
 from guardserve.observation.keys import sample_keys
@@ -36,7 +41,7 @@ from guardserve.observation.reading import VALUES, Plan, Reading, Scratch, plan_
 from guardserve.observation.record import Record
 from guardserve.observation.sheets import Sheets
 from guardserve.observation.workspace import Place, Slot, Workspace, fits
-from guardserve.tracing import is_tracing
+from guardserve.tracing import this_thread
 
 TIMED = 16
 """One forward in so many is timed."""
@@ -47,30 +52,28 @@ _Key = tuple[torch.Size, int | None, bool]
 
 _LOST = "its forward, its check of the input or its hooks were replaced since: attach the monitor again"
 
+_ELSEWHERE = "its compiled code runs on another device than the first layer's was on: attach the monitor again"
+
+_compiling = torch.compiler.is_dynamo_compiling
 _tracing_state = torch._C._get_tracing_state  # noqa: SLF001 - torch.jit.is_tracing asks it
 
 _log = logging.getLogger(__name__)
 
 
-class RootHook:
-    """A hook on the model itself, which runs as it is, though the model be compiled: its forward is a graph's root.
+def _nothing(*_args: object) -> None: ...
 
-    Only where the model is part of a larger graph, the hook is too. In a copy or a pickle of the model it does nothing.
-    """
 
-    def __init__(self, function: Callable[..., None] | None = None) -> None:
-        self._function = function
+class RootHook(functools.partial[None]):
+    """A hook on the model itself; in a copy or a pickle of the model it does nothing."""
+
+    def __new__(cls, function: Callable[..., None] = _nothing) -> Self:
+        """Make one of a function that is :func:`uncompiled`."""
+        return super().__new__(cls, function)
 
     @property
     def __name__(self) -> str:
         """What ``torch.jit.script`` asks of hooks first, and nobody else needs."""
         raise AttributeError("a monitored model cannot be scripted: close its monitor, and script it then")
-
-    @uncompiled
-    def __call__(self, *args: Any) -> None:
-        """Run the hook."""
-        if self._function is not None:
-            self._function(*args)
 
     def __reduce__(self) -> tuple[type[RootHook], tuple[()]]:
         return RootHook, ()
@@ -83,7 +86,6 @@ class _Tap:
         self.index = index
         self.point = point
         self.fault: str | None = None
-        self.anchor = point.anchor if point.readable else None
         self._plans: dict[object, tuple[Plan, torch.Tensor]] = {}
 
     def read(self, x: torch.Tensor, record: Record) -> None:
@@ -102,6 +104,7 @@ class _Tap:
         record.readings.append(read(self.index, x, planned[0], record.turn, planned[1], scratch=record.scratch))
         if record.key is not None:
             record.places.append(Place(self.index, x.shape, x.stride(), *planned))
+        self.fault = None
 
     def _plan(self, x: torch.Tensor, record: Record) -> tuple[Plan, torch.Tensor] | None:
         if not self.point.takes(x):
@@ -133,7 +136,6 @@ class Taps:
         self.keyed = False
         self._unobserved: dict[str, str] = {}
         self._emit = emit
-        self._open = _Open()
         self._turns = itertools.count()
         self._no_slots: list[Slot | None] = []
         self._gave_up = False
@@ -159,6 +161,7 @@ class Taps:
             self._unobserved
             | {tap.point.name: _LOST for tap in lost}
             | {tap.point.name: tap.fault for tap in self._taps if tap.fault is not None}
+            | {self.points[index].name: _ELSEWHERE for index in self._graph.elsewhere}
         )
 
     def close(self) -> None:
@@ -175,6 +178,12 @@ class Taps:
         self._marks = GraphMarks(model)
         self.points.extend(ObservationPoint(name, layer) for name, layer in self._marks.layers.items())
         self._no_slots += [None] * len(self.points)
+        deliver = weakref.WeakMethod(self._deliver)
+        with torch.inference_mode(mode=False):
+            anchors = {index: point.anchor for index, point in enumerate(self.points) if point.readable}
+            self._graph = InGraph(lambda *seen: None if (method := deliver()) is None else method(*seen), anchors)
+        weakref.finalize(self, self._graph.close)
+        self._open = _Open(self._graph)
         for index, point in enumerate(self.points):
             tap = _Tap(index, point)
             self._taps.append(tap)
@@ -191,22 +200,16 @@ class Taps:
                     else "its constants are no attributes of the graph's module"
                 )
         if self.points:
-            with torch.inference_mode(mode=False):
-                device = next((tap.anchor.device for tap in self._taps if tap.anchor is not None), torch.device("cpu"))
-                self._turn = torch.zeros((), dtype=torch.int64, device=device)
-            deliver = weakref.WeakMethod(self._deliver)
-            self._inbox = Inbox(lambda *delivered: None if (method := deliver()) is None else method(*delivered))
             self._handles.append(model.register_forward_pre_hook(RootHook(self._begin), with_kwargs=True))
             self._handles.append(model.register_forward_hook(RootHook(self._end), always_call=True))
 
     def _reader(self, tap: _Tap) -> Look:
-        opened, clock, compiling = self._open, time.perf_counter, torch.compiler.is_dynamo_compiling
-        index = tap.index
+        opened, clock = self._open, time.perf_counter
+        index, place = tap.index, self._graph.place(tap.index)
 
-        def look(layer: nn.Module, x: torch.Tensor) -> None:
-            del layer
-            if compiling():
-                self._read_in_graph(tap, x)
+        def look(x: torch.Tensor) -> None:
+            if _compiling():
+                read_layer(place, x)
                 return
             record = opened.record
             if record is None:
@@ -217,13 +220,18 @@ class Taps:
                     slot = record.slots[index]
                     if slot is not None and slot.take(x, record.turn):
                         record.taken += 1
+                        tap.fault = None
                     else:
+                        if record.scratch is None:
+                            record.scratch = opened.scratch
+                            record.scratch.rewind()
                         tap.read(x, record)
                 except Exception as error:  # noqa: BLE001 - whatever it is, the answer is not to be lost with it
                     _excuse(tap, error)
                 if began:
                     record.spent += clock() - began
 
+        skip(look)
         return look
 
     def _read_alone(self, tap: _Tap, x: torch.Tensor) -> None:
@@ -238,12 +246,17 @@ class Taps:
         except Exception as error:  # noqa: BLE001 - see above
             _excuse(tap, error)
 
+    @uncompiled
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NOTHING) -> None:
-        del model
-        if torch.compiler.is_dynamo_compiling():
+        """Open a record: though the model be compiled, as its forward is a graph's root, or in a larger graph."""
+        if _compiling():
             self._begin_in_graph(args, kwargs)
             return
         opened = self._open
+        if opened.record is not None and _calls_itself(model):  # else it is one that was given up
+            opened.depth += 1
+            return
+        opened.depth = 0
         if _looks_only():
             opened.record = _IGNORED
             return
@@ -252,8 +265,10 @@ class Taps:
         except Exception as error:  # noqa: BLE001 - whatever it is, the answer is not to be lost with it
             opened.record = _IGNORED
             self._give_up(error)
-        opened.traced.clear()
-        opened.traced.open = True
+        traced = opened.traced
+        if traced.readings or traced.sums is not None:
+            traced.clear()
+        traced.open, traced.values = True, self.values
 
     def _opened(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
         """Make the record of a forward."""
@@ -271,24 +286,26 @@ class Taps:
             key = shape, values, first.is_cpu
             workspace = self._workspaces.get(key)
             if workspace is not None:
-                record.sheet = sheet = self._sheets.take(workspace)
-                record.slots = sheet.turn_to(turn)
+                record.sheet = sheet = self._sheets.take(workspace, turn)
+                record.slots = sheet.slots
             elif key not in self._workspaces:
                 record.key = key
-        record.scratch = self._open.scratch
-        record.scratch.rewind()
         if turn % TIMED == 0:
             record.seconds = began
             record.spent = time.perf_counter() - began
         return record
 
+    @uncompiled
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Hand over the record; a forward that raised (its output is None, as a good one's may be) saw none through."""
         del model, args
-        if torch.compiler.is_dynamo_compiling():
+        if _compiling():
             self._end_in_graph()
             return
         opened = self._open
+        if opened.depth:
+            opened.depth -= 1
+            return
         record = opened.record
         opened.record = None
         opened.traced.open = False
@@ -303,14 +320,16 @@ class Taps:
         """End a record, and hand it over if it shows anything."""
         began = time.perf_counter() if record.seconds else 0.0
         traced = self._open.traced
-        if traced.readings:
-            self._unpack(record, traced.readings)
-            self._turn.add_(1)
+        if traced.readings or traced.sums is not None:
+            self._take(record, traced)
         if record.key is not None:
             self._lay_out(record, record.key)
         record.close()
-        self._order = record.order
-        if record.readings or record.bundle is not None:
+        bundle = record.bundle
+        self._order = record.order if bundle is None else bundle.order
+        if record.key is not None and self._order:
+            self._graph.last = self._order[-1]
+        if bundle is not None or record.readings:
             if record.seconds:
                 record.spent += time.perf_counter() - began
             self._finish(record)
@@ -338,19 +357,14 @@ class Taps:
             record.seconds = time.perf_counter() - record.seconds
         self._emit(record)
 
-    def _read_in_graph(self, tap: _Tap, x: torch.Tensor) -> None:
-        """Read in code that is being compiled."""
-        traced, anchor = self._open.traced, tap.anchor
-        if not traced.open or anchor is None:
-            return
-        if x.ndim > CHANNEL_AXIS and x.shape[CHANNEL_AXIS] == anchor.shape[0]:
-            total, squares, count = read_in_graph(x, anchor, self._turn, self.values)
-            traced.readings.append((tap.index, count, total, squares))
-
     def _begin_in_graph(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward that is part of a larger graph."""
         traced = self._open.traced
+        if traced.open:  # the model calls itself
+            traced.depth += 1
+            return
         traced.clear()
+        traced.values = self.values
         for value in () if exporting() else (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor) and value.ndim and not traced.open:
                 traced.samples.append(value.shape[0])
@@ -359,20 +373,40 @@ class Taps:
     def _end_in_graph(self) -> None:
         """Hand over what such a forward read."""
         traced = self._open.traced
+        if traced.depth:
+            traced.depth -= 1
+            return
         if traced.readings:
             route, counts = [reading[0] for reading in traced.readings], [reading[1] for reading in traced.readings]
             readings = [reading[2] for reading in traced.readings] + [reading[3] for reading in traced.readings]
-            hand_over(readings, self._turn, self._inbox.token, traced.samples[0], route, counts)
+            hand_over(readings, traced.turn, self._graph.token, traced.samples[0], route, counts)
         traced.clear()
 
     def _deliver(self, samples: int, route: list[int], counts: list[int], readings: list[torch.Tensor]) -> None:
         """Receive what a graph read that the whole forward is part of."""
-        if not _looks_only():
+        if _looks_only():
+            return
+        try:
             record = Record(samples, next(self._turns), self.values, self._no_slots)
             self._unpack(record, zip(route, counts, readings, readings[len(route) :], strict=False))
             self._finish(record)
+        except Exception as error:  # noqa: BLE001 - see above
+            self._give_up(error)
 
-    def _unpack(self, record: Record, readings: Iterable[tuple[int, int, torch.Tensor, torch.Tensor]]) -> None:
+    def _take(self, record: Record, traced: Traced) -> None:
+        """Take what compiled code read, and have it read elsewhere the next time."""
+        if traced.sums is not None:
+            bundle, sums = self._graph.bundles[traced.bundle], traced.sums
+            alone = not (traced.readings or record.readings or record.taken)
+            if alone and bundle.whole and len(sums) == record.samples:
+                record.bundle = bundle
+                record.take(bundle.rows(sums))
+            else:
+                self._unpack(record, bundle.divide(sums))
+        self._unpack(record, traced.readings)
+        traced.turn.add_(1)
+
+    def _unpack(self, record: Record, readings: Iterable[LayerSums]) -> None:
         """Take what compiled code read into a record."""
         for index, count, total, squares in readings:
             if len(total):
@@ -381,11 +415,15 @@ class Taps:
 
 
 class _Open(threading.local):
-    """What a thread has of its own: the record of the forward that it is in, what compiled code read of it, memory."""
+    """What a thread has of its own: the record of the forward that it is in, what compiled code read of it, memory.
 
-    def __init__(self) -> None:
+    The model may call itself: ``depth`` times within that forward.
+    """
+
+    def __init__(self, graph: InGraph) -> None:
+        self.traced = graph.threads.traced
         self.record: Record | None = None
-        self.traced = Traced()
+        self.depth = 0
         self.scratch = Scratch()
 
 
@@ -394,10 +432,20 @@ _IGNORED = Record(0, 0, None, [])
 
 def _looks_only() -> bool:
     """Tell whether a forward of this thread serves nobody: it is traced or exported, or re-run to look into it."""
-    return is_tracing() or _tracing_state() is not None or faked()
+    return this_thread.tracing or _tracing_state() is not None or fake_mode() is not None
+
+
+def _calls_itself(model: nn.Module) -> bool:
+    """Tell whether the call of a model that a hook is about is one within another of the same model."""
+    frame, calls = inspect.currentframe(), 0
+    while frame is not None:
+        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model  # noqa: SLF001
+        frame = frame.f_back
+    return calls > 1
 
 
 def _excuse(tap: _Tap, error: Exception) -> None:
     if tap.fault is None:
         _log.warning("BatchNorm layer %s cannot be monitored", tap.point.name, exc_info=error)
-    tap.fault = f"it could not be read: {type(error).__name__}: {error}"
+    reason = next(iter(str(error).splitlines()), "")
+    tap.fault = f"it could not be read: {type(error).__name__}: {reason}"

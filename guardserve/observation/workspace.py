@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Literal
 
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from guardserve.observation.reading import Cell, Plan, Rows
+from guardserve.observation.reading import Cell, Plan, Rows, paired
 
 MOST_VALUES = 2**20
 """Values that a buffer holds at most, 4 MB; where more would be read, an operation more or less is no matter."""
@@ -65,7 +66,8 @@ class Slot:
         shape: Shape of the activations that it takes.
         stride: Their strides.
         plan: Their plan.
-        out: The part, viewed as ``(N, C, *positions)``.
+        out: The part, viewed as ``(N, C, *positions)``; ``(2, N, C)`` if ``summing``.
+        summing: Whether sums are put there: means over positions, and one over deviations.
         cells: What it takes next; none if that is all.
         turn: The forward that it has last taken something of.
     """
@@ -74,6 +76,7 @@ class Slot:
     stride: tuple[int, ...]
     plan: Plan
     out: torch.Tensor
+    summing: bool = False
     cells: tuple[Cell, ...] = ()
     turn: int = -1
 
@@ -82,38 +85,33 @@ class Slot:
         if x.shape != self.shape or self.turn == turn or x.stride() != self.stride:
             return False
         self.turn = turn
-        self._write(x.detach() if x.requires_grad else x, self.out)
-        return True
-
-    def _write(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        if x.requires_grad:
+            x = x.detach()
         cells = self.cells
-        if not cells:
-            out.copy_(x)
+        if self.summing:
+            self._sum_up(x)
+        elif not cells:
+            self.out.copy_(x)
         elif len(cells) == 1 and cells[0].rounds is None:
             cell = cells[0]
-            out.copy_(x.as_strided(cell.size, cell.stride, x.storage_offset() + cell.offset))
+            self.out.copy_(x.as_strided(cell.size, cell.stride, x.storage_offset() + cell.offset))
         else:
-            for cell in cells:
-                part = out[cell.samples]
-                if cell.rounds is not None:
-                    part = part.view(cell.rounds, -1, *part.shape[1:])
-                part.copy_(x.as_strided(cell.size, cell.stride, x.storage_offset() + cell.offset))
+            for source, part in paired(cells, x, self.out):
+                part.copy_(source)
+        return True
 
-
-class _SummingSlot(Slot):
-    """A layer's part of a buffer where sums are put: ``(2, N, C)``, means over positions and one over deviations."""
-
-    def _write(self, x: torch.Tensor, out: torch.Tensor) -> None:
+    def _sum_up(self, x: torch.Tensor) -> None:
         samples, channels, *sizes = self.plan.size
         if self.plan.size == self.shape:
             values = x.float()
         else:
             values = x.new_empty(self.plan.size, dtype=torch.float32)
-            super()._write(x, values)
+            for source, part in paired(self.cells, x, values):
+                part.copy_(source)
         # with a group a channel: it is the one operation that finds both sums in one go
         count = math.prod(sizes)
         _, *sums = torch.native_group_norm(values, None, None, samples, channels, count, channels, 0.0)
-        torch.stack(sums, out=out)
+        torch.stack(sums, out=self.out)
 
 
 _Kind = Literal["summed", "rows", "columns"]
@@ -154,8 +152,7 @@ class _Group:
                 out = out.permute(-2, -1, *range(len(size) - 2))
             else:
                 out = values[:, :, end - width : end]
-            kind = _SummingSlot if self.kind == "summed" else Slot
-            yield place.index, kind(place.shape, place.stride, place.plan, out)
+            yield place.index, Slot(place.shape, place.stride, place.plan, out, summing=self.kind == "summed")
 
     def sum_up(self, buffers: _Array, sums: _Sums) -> None:
         """Sum up the values of buffers, of shape ``(F, size)``, one for each forward; they are used up."""
@@ -176,7 +173,7 @@ class _Group:
         else:
             values -= first[:, None]
             sums.about[here] = _total(values)
-            sums.squares[here] = _total_of_squares(values)
+            sums.squares[here] = _total(values, squared=True)
 
 
 class _Sums:
@@ -321,37 +318,41 @@ def _is_contiguous(place: Place) -> bool:
     return torch.empty_strided(place.shape, place.stride, device="meta").is_contiguous()
 
 
-def _total(values: _Array) -> _Array:
-    """Add up along the second axis, no more than some of it one by one: rounding errors add up too."""
+def _total(values: _Array, *, squared: bool = False) -> _Array:
+    """Add values, or their squares, up along the second axis.
+
+    No more than some of them one by one: rounding errors add up too.
+    """
     few = _folded(values)
     if few is None:
-        total: _Array = np.add.reduce(values, 1)
-        return total
-    total = _total(np.add.reduce(few, 1))
-    total += np.add.reduce(values[:, few.shape[1] * few.shape[2] :], 1)
+        return _added_up(values, squared=squared)
+    total = _total(_added_up(few, squared=squared))
+    rest = values[:, few.shape[1] * few.shape[2] :]
+    if rest.size:
+        total += _added_up(rest, squared=squared)
     return total
 
 
-def _total_of_squares(values: _Array) -> _Array:
-    """Add up the squares along the second axis, likewise."""
-    few = _folded(values)
-    if few is None:
-        total: _Array = np.einsum("fpnc,fpnc->fnc", values, values)
-        return total
-    total = _total(np.einsum("fapnc,fapnc->fpnc", few, few))
-    rest = values[:, few.shape[1] * few.shape[2] :]
-    total += np.einsum("fpnc,fpnc->fnc", rest, rest)
+def _added_up(values: _Array, *, squared: bool) -> _Array:
+    total: _Array = np.einsum("fp...,fp...->f...", values, values) if squared else np.add.reduce(values, 1)
     return total
 
 
 def _folded(values: _Array) -> _Array | None:
     """Divide the second axis in two, so that the first is short and what is behind it long: that is fast to add up."""
     forwards, count, *sizes = values.shape
-    length = min(math.isqrt(count), _AT_ONCE)
+    length = _length(count)
     if length < _FEW or (count <= _AT_ONCE and math.prod(sizes) >= _WIDE):
         return None
     parts = count // length
     return values[:, : length * parts].reshape(forwards, length, parts, *sizes)
+
+
+@lru_cache(maxsize=256)
+def _length(count: int) -> int:
+    """Return how many of so many values to add up one after the other: the most that leave no rest, if they will do."""
+    most = min(math.isqrt(count), _AT_ONCE)
+    return next((length for length in range(most, max(_FEW, most // 4), -1) if count % length == 0), most)
 
 
 def fits(places: Sequence[Place]) -> bool:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import shutil
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from guardserve import EvalGuard, Monitor, fuse
 from guardserve.monitor import Snapshot
-from guardserve.observation.compiled import per_sample, read_in_graph
+from guardserve.observation.compiled import InGraph, per_sample, read_in_graph
 from guardserve.observation.reading import Plan, read
 
 pytestmark = [
@@ -145,6 +147,140 @@ def test_a_monitored_part_of_a_larger_graph_is_seen() -> None:
     assert_same(watch(model, torch.compile(Larger(), fullgraph=True), inputs), eager)
 
 
+class Twice(Net):
+    """The last layer runs twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return features, normalised again."""
+        y: torch.Tensor = self.head_bn(super().forward(x))
+        return y
+
+
+class Early(Net):
+    """The last layer does not run, and the graph breaks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sums of the second layer's channels."""
+        x = torch.relu(self.bn(self.conv(x)))
+        torch._dynamo.graph_break()
+        return torch.relu(self.deep_bn(self.deep(x))).sum((2, 3))
+
+
+class Broken(Net):
+    """The graph breaks before the last layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the net does."""
+        x = torch.relu(self.deep_bn(self.deep(torch.relu(self.bn(self.conv(x))))))
+        torch._dynamo.graph_break()
+        y: torch.Tensor = self.head_bn(self.head(x.mean((2, 3))))
+        return y
+
+
+class Backwards(nn.Sequential):
+    """The layers run in the order opposite to that of their registration."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise."""
+        for layer in reversed(list(self)):
+            x = layer(x)
+        return x
+
+
+class Again(Net):
+    """The model calls itself, and normalises before and after that."""
+
+    def forward(self, x: torch.Tensor, *, again: bool = True) -> torch.Tensor:
+        """Return features of the input and of its mirror image."""
+        y = torch.relu(self.bn(self.conv(x)))
+        if again:
+            return torch.add(self(x.flip(-1), again=False), self.head_bn(self.head(self.deep(y).mean((2, 3)))))
+        z: torch.Tensor = self.head_bn(self.head(torch.relu(self.deep_bn(self.deep(y))).mean((2, 3))))
+        return z
+
+
+@pytest.mark.parametrize(
+    "build", [Twice, Early, Broken, Again, lambda: Backwards(nn.BatchNorm2d(3), nn.BatchNorm2d(3))]
+)
+def test_whatever_way_a_forward_takes_its_statistics_are_those_of_the_eager_model(
+    build: Callable[[], nn.Module],
+) -> None:
+    """What layers show may leave graphs together or one by one: it is the same."""
+    torch.manual_seed(0)
+    model = build().eval()
+    inputs = batches(1, 4, 2, 7, 1)
+    eager = watch(model, model, inputs)
+    compiled = copy.deepcopy(model)
+    assert eager.samples == 15
+    assert_same(watch(compiled, torch.compile(compiled, backend="eager"), inputs), eager)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("parts", ["blocks", "layers", "within a try"])
+def test_models_compiled_in_parts_are_seen_whole(parts: str) -> None:
+    """The compiler then meets the monitor's own functions by themselves, and gives up on some after a few."""
+
+    class Tried(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self:
+                try:
+                    x = layer(x)
+                    torch._dynamo.graph_break()
+                except KeyError:  # noqa: PERF203 - that is what the compiler gives up on
+                    pass
+            return x
+
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)) for _ in range(12)]
+    model = (Tried if parts == "within a try" else nn.Sequential)(*blocks).eval()
+    inputs = batches(1, 4, 2, 7)
+    eager = watch(model, model, inputs)
+    if parts == "within a try":
+        model.compile(backend="eager")
+    for block in blocks if parts != "within a try" else ():
+        (block if parts == "blocks" else block[1]).compile(backend="eager")
+    with Monitor(model, values=None) as monitor, torch.inference_mode():
+        for x in inputs:
+            model(x)
+        assert monitor.unobserved == {}
+        assert_same(monitor.snapshot(), eager)
+
+
+def test_what_all_layers_show_leaves_a_graph_as_one_tensor() -> None:
+    """It has one output besides the model's, and the layers' constants are one input."""
+    shown = []
+
+    def backend(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        del inputs
+        (outputs,) = graph.graph.output_node().args
+        assert isinstance(outputs, tuple)
+        shown.append((len(outputs), len(graph.graph.find_nodes(op="placeholder"))))
+        return graph.forward
+
+    for monitored in (False, True):
+        model = fuse(net())
+        with Monitor(model) if monitored else nullcontext(), torch.inference_mode():
+            torch.compile(model, fullgraph=True, backend=backend)(batches(2)[0])
+        torch.compiler.reset()
+    (plain, least), monitored_graph = shown
+    assert monitored_graph == (plain + 1, least + 2)
+
+
+def test_a_graph_reads_for_no_monitor_but_those_of_now() -> None:
+    """One that was closed sees no more, and one that came when there was a graph already sees all from then on."""
+    model = fuse(net())
+    (x,) = batches(2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        compiled(x)
+        with Monitor(model) as first:
+            compiled(x)
+        compiled(x)
+        with Monitor(model) as second, Monitor(model) as third:
+            compiled(x)
+        assert [monitor.snapshot().samples for monitor in (first, second, third)] == [2, 2, 2]
+
+
 def test_compiled_cells_move_and_cover_every_position_equally() -> None:
     """Over a whole turn, the means are those of all positions."""
     model = net()
@@ -232,3 +368,23 @@ def test_pictures_of_other_sizes_are_read_too() -> None:
                 seen.append(monitor.snapshot().samples)
         expected += [2, 4, 6]
     assert seen == expected
+
+
+def test_a_model_on_two_devices_is_read_on_the_first_in_graphs() -> None:
+    """Nothing is put together from several devices, which would keep a monitor from being attached at all."""
+    graph = InGraph(lambda *_: None, {0: torch.zeros(4), 1: torch.zeros(3, device="meta"), 2: torch.zeros(2)})
+    try:
+        assert [graph.columns(index) for index in range(3)] == [(0, 4), (0, 0), (4, 6)]
+    finally:
+        graph.close()
+
+
+def test_layers_whose_graph_is_on_another_device_are_named() -> None:
+    """As when a model was moved after its monitor was attached: the answer is given all the same."""
+    model = net().eval()
+    with Monitor(model) as monitor, torch.inference_mode():
+        traced = monitor._taps._graph.threads.traced
+        traced.anchors = traced.anchors.to("meta")
+        torch.compile(model, backend="eager")(batches(2)[0])
+        assert set(monitor.unobserved) == set(monitor.layers)
+        assert all("attach the monitor again" in reason for reason in monitor.unobserved.values())

@@ -75,6 +75,21 @@ def test_merged_in_any_order_they_give_the_decision_of_one_that_saw_all(
     assert [c.channel for c in seen.channels] == [c.channel for c in expected.channels]
 
 
+@pytest.mark.parametrize("length", [1, 40])
+def test_a_stuck_sensor_is_told_from_fewer_classes_by_summaries_too(
+    profile: ReferenceProfile, features: Reader, clean: Sampler, length: int
+) -> None:
+    """Means of many samples hardly differ either; what counts is by how much less than those of clean samples do."""
+    intervals = [i // length for i in range(40 * length)]
+    for images, alike in ((clean(1, seed=43), True), (clean(len(intervals), seed=44, classes=(1, 7)), False)):
+        rows = np.broadcast_to(features(images), (len(intervals), 2 * sum(profile.sketch.channels)))
+        detector = Detector(profile, 1000)
+        detector.judge_summary(Summary.of(profile, rows, intervals))
+        found = detector.detection()
+        assert found.state == "shifted"
+        assert ("all samples are alike" in found.reading) == alike, found.reading
+
+
 def test_with_one_sample_an_interval_the_decision_is_that_of_the_plain_detector(
     profile: ReferenceProfile, stream: Array
 ) -> None:

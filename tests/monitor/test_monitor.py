@@ -469,3 +469,51 @@ def test_inputs_by_name_are_read_like_those_by_position() -> None:
     for a, b in zip(named.layers, positional.layers, strict=True):
         assert a.mean_shift == pytest.approx(b.mean_shift)
         assert a.log_std_ratio == pytest.approx(b.log_std_ratio)
+
+
+class Halving(nn.Module):
+    """Takes large batches in halves, by calling itself, and normalises their features together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.BatchNorm1d(3)
+        self.head = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return features, shape ``(N, 3)``."""
+        x = self.stem(x)
+        if len(x) > 2:
+            half = len(x) // 2
+            x = torch.cat([self(x[:half]), self(x[half:])])
+        if bool((x > 100).any()):
+            raise ValueError("no such features")
+        y: torch.Tensor = self.head(x)
+        return y
+
+
+def test_a_model_that_calls_itself_is_seen_once_with_all_that_its_layers_took() -> None:
+    """Also after such a forward was given up, however deep it was."""
+    model = Halving().eval()
+    with Monitor(model) as monitor, torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3))
+        for error, x in ((ValueError, torch.randn(8, 3) + 1000), (KeyboardInterrupt, torch.randn(8, 3))):
+            with mock.patch.object(model.head, "forward", side_effect=error), pytest.raises(error):
+                model(x)
+        model(torch.randn(8, 3))
+        snapshot = monitor.snapshot()
+    assert snapshot.samples == 32
+    assert {layer.name: layer.samples for layer in snapshot.layers} == {"stem": 4 * 24, "head": 4 * 24}
+
+
+def test_a_layer_that_is_read_again_is_no_longer_called_unobserved() -> None:
+    """And the reason is one line while it is."""
+    model = trained()
+    fault = RuntimeError("no\nreading\nof it")
+    with Monitor(model) as monitor, torch.no_grad():
+        with mock.patch("guardserve.observation.taps.plan_for", side_effect=fault):
+            model(torch.randn(2, 3, 8, 8))
+        assert monitor.unobserved == dict.fromkeys(("1", "4"), "it could not be read: RuntimeError: no")
+        for _ in range(2):
+            model(torch.randn(2, 3, 8, 8))
+        assert monitor.unobserved == {}
