@@ -260,10 +260,18 @@ class Detector:
                 self._state = "ok"
         if shifted and self._average is not None:
             self._average.update(features[shifted], vectors[shifted])
+            self._average.compare(self._distances(vectors, counts)[shifted])
             self._lead = first_layer(evidence[shifted[-1]])
         if positions:
             self._evidence, self._relative = evidence[-1], largest[-1]
             self._recent.extend(vectors[-LOOK_BACK:])
+
+    def _distances(self, vectors: Array, counts: list[int]) -> Array:
+        """Return how far samples are from the ones before them, squared, in what is expected of clean ones."""
+        before = np.concatenate([(self._recent[-1] if self._recent else vectors[0])[None], vectors[:-1]])
+        expected = 2 * sum(self.profile.sketch.dimensions) / np.array(counts, np.float32)
+        squares: Array = np.square(vectors - before).sum((1, 2)) / expected
+        return squares
 
     def _alarm(self, features: Array, vectors: Array, evidence: Array, row: int, position: int) -> None:
         self._state = "shifted"
@@ -300,6 +308,7 @@ class Detector:
                 np.int64,
             ),
             "reals": np.array([self._relative, 0.0 if average is None else average.noise]),
+            "compared": np.array([0.0, 0.0] if average is None else [average.compared, average.repeating]),
         }
 
     def load_state_dict(self, state: Arrays) -> None:
@@ -308,6 +317,7 @@ class Detector:
         Raises:
             DetectorStateError: If the arrays are not those of :meth:`state_dict`, or of another profile.
         """
+        state = {"compared": np.zeros(2), **state}  # those of earlier versions had none
         self._check(state)
         self.reset()
         numbers = [int(number) for number in state["numbers"]]
@@ -323,6 +333,7 @@ class Detector:
         if numbers[8] > 0:
             self._average = ShiftAverage(state["average_features"][None], state["average_vectors"][None])
             self._average.count, self._average.noise = numbers[8], float(state["reals"][1])
+            self._average.compared, self._average.repeating = int(state["compared"][0]), float(state["compared"][1])
 
     def _check(self, state: Arrays) -> None:
         expected = self.state_dict()
@@ -339,5 +350,5 @@ class Detector:
         numbers, rows = state["numbers"], len(state["recent_features"])
         limits = [len(get_args(State)) - 1, *[2**62] * 6, len(self.profile.layers) - 1, 2**62]
         fits = (numbers >= [*[0] * 5, -1, -1, 0, 0]).all() and (numbers <= limits).all()
-        if not fits or not rows == len(state["recent_vectors"]) <= LOOK_BACK:
+        if not fits or (state["compared"] < 0).any() or not rows == len(state["recent_vectors"]) <= LOOK_BACK:
             raise DetectorStateError(f"the detector's state is damaged: its numbers are {numbers.tolist()}")

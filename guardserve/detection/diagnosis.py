@@ -36,6 +36,12 @@ classifiers, MobileNetV2 and torchcrepe; noise, blur, brightness, contrast, turn
 first three.
 """
 
+ALIKE = 0.01
+"""Two samples are alike that differ by less than this share of the squared distance between clean ones."""
+
+MOST = 0.9
+"""Share of the samples that are like the one before from which on all are said to be."""
+
 UNTYPICAL = 10.0
 """Most that the direction of a shift counts for: with few samples its typical part may be estimated as nothing."""
 
@@ -67,6 +73,7 @@ class ShiftAverage:
         self.features, self.vectors = features.mean(0), vectors.mean(0)
         self.count = len(features)
         self.noise = 1 / self.count
+        self.compared, self.repeating = 0, 0.0
 
     def update(self, features: Array, vectors: Array) -> None:
         """Take more samples: features ``(n, F)``, vectors ``(n, layers, width)``."""
@@ -82,6 +89,17 @@ class ShiftAverage:
         self.features += weights @ features
         self.vectors *= np.float32(kept)
         self.vectors += np.einsum("n,nld->ld", weights, vectors)
+
+    def compare(self, squares: Array) -> None:
+        """Take the squared distances of samples from the ones before them, in those expected of clean ones."""
+        for square in squares.tolist():
+            self.compared += 1
+            self.repeating += (float(square < ALIKE) - self.repeating) * max(1 / self.compared, SLOWEST)
+
+    @property
+    def alike(self) -> bool:
+        """Whether nearly all samples are like the one before, as those of a sensor that gives nothing."""
+        return self.compared >= LOOK_BACK and self.repeating >= MOST
 
     def squares(self, profile: ReferenceProfile) -> Array:
         """Return how far each layer moved, in squared standard deviations of a clean sample, without chance's part."""
@@ -153,7 +171,8 @@ def describe(average: ShiftAverage, profile: ReferenceProfile, layer: int, age: 
     since the alarm, ``over`` if it has ended.
     """
     if over:
-        lasts = f"burst, over within {age} samples" if age < LASTING else f"lasted {age} samples"
+        burst = f"burst, over within {age} samples" if age > 1 else "burst, over at once"
+        lasts = burst if age < LASTING else f"lasted {age} samples"
     else:
         lasts = "lasting" if age >= LASTING else "just begun"
     return "; ".join(
@@ -170,8 +189,10 @@ def _where(average: ShiftAverage, profile: ReferenceProfile) -> str:
 
     An input that looks different moves early layers most, as a trained model damps it on the way, and in directions
     in which clean samples hardly differ. Other classes, or more of some, move late layers most, and in directions in
-    which clean samples differ most. Both are weighed, the first more.
+    which clean samples differ most. Both are weighed, the first more. No mixture of classes makes all samples alike.
     """
+    if average.alike:
+        return "input-level: all samples are alike"
     moved = np.sqrt(np.maximum(0, average.squares(profile)))
     if len(moved) == 1:
         return "one layer only: input or classes"

@@ -122,7 +122,7 @@ def test_nothing_but_nan_is_counted_and_judged(model: nn.Module, profile: Refere
         (lambda x: brighter(x, 0.15), ("input-level", "offset")),
         (lambda x: noisy(x, 0.5, torch.Generator().manual_seed(0)), ("input-level", "vary more")),
         (lambda x: blurred(x, 1.0), ("input-level", "vary less")),
-        (torch.zeros_like, ("input-level", "vary less")),
+        (torch.zeros_like, ("input-level: all samples are alike", "vary less")),
     ],
     ids=["brightness", "noise", "blur", "dead sensor"],
 )
@@ -138,6 +138,28 @@ def test_the_reading_names_what_happened_to_the_input(
     assert verdict.layer == "blocks.0.norm"
     assert all(word in verdict.reading for word in words), verdict.reading
     assert verdict.reading.endswith("; lasting")
+
+
+@pytest.mark.parametrize("digit", [0, 3, 5])
+def test_one_image_over_and_over_is_no_mixture_of_classes(
+    model: nn.Module, profile: ReferenceProfile, clean: Sampler, digit: int
+) -> None:
+    """A camera that is stuck shows a clean digit, but always the same."""
+    stuck = clean(1, seed=60 + digit, classes=(digit,)).expand(80, -1, -1, -1)
+    verdict, _ = watch(model, profile, torch.cat([clean(60, seed=20), stuck]), [60, *[3] * 20, 20])
+    assert verdict.alarm_at is not None
+    assert verdict.alarm_at > 60
+    assert verdict.reading.startswith("input-level: all samples are alike; "), verdict.reading
+
+
+def test_a_few_equal_samples_among_others_are_not_all_alike(
+    model: nn.Module, profile: ReferenceProfile, clean: Sampler
+) -> None:
+    """A retried request, or each twice in turn, is no stuck sensor."""
+    shifted = brighter(clean(120, seed=21), 0.15)
+    for images in (torch.cat([shifted, shifted[:1].expand(6, -1, -1, -1)]), shifted.repeat_interleave(2, 0)):
+        verdict, _ = watch(model, profile, torch.cat([clean(60, seed=20), images]))
+        assert verdict.reading.startswith("input-level: early layers"), verdict.reading
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 4])
@@ -218,6 +240,17 @@ def test_states_follow_the_stream_with_hysteresis(model: nn.Module, profile: Ref
         fresh = monitor.verdict()
         assert (fresh.state, fresh.alarm_at, fresh.alarms, fresh.samples, fresh.reading) == ("warming", None, 0, 0, "")
         assert monitor.scores() == []
+
+
+def test_one_odd_sample_is_a_burst_that_is_over_at_once(
+    model: nn.Module, profile: ReferenceProfile, clean: Sampler
+) -> None:
+    """It alarms, and what clean samples come after it are no part of it."""
+    freak = 1000 * clean(1, seed=36)
+    verdict, _ = watch(model, profile, torch.cat([clean(60, seed=37), freak, clean(2 * CALM, seed=38)]))
+    assert verdict.alarm_at == 61
+    assert verdict.state == "recovered"
+    assert verdict.reading.endswith("; burst, over at once"), verdict.reading
 
 
 def test_nothing_grows_when_nobody_asks(model: nn.Module, profile: ReferenceProfile, clean: Sampler) -> None:
