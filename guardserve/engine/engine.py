@@ -113,6 +113,14 @@ class Engine:
             self._watchdog = threading.Thread(target=self._watch, name="guardserve-watchdog", daemon=True)
             self._watchdog.start()
 
+    def check_room(self) -> None:
+        """Check that one more request may wait, before any work is done for it.
+
+        Raises:
+            QueueFullError: If too many wait already.
+        """
+        self._queue.check_room()
+
     def submit(self, job: Job) -> None:
         """Let a request wait for its forward. :meth:`wake` must follow, once for all that came at one time.
 

@@ -46,6 +46,15 @@ class JobQueue:
         """Return the number of requests that wait."""
         return len(self._jobs)
 
+    def check_room(self) -> None:
+        """Check that one more request may wait.
+
+        Raises:
+            QueueFullError: If too many wait already.
+        """
+        if len(self._jobs) >= self.max_jobs:
+            raise QueueFullError(f"{self.max_jobs} requests are waiting already: try again later")
+
     def put(self, job: Job) -> None:
         """Let a request wait. The taker is not woken: see :meth:`wake`.
 
@@ -55,8 +64,7 @@ class JobQueue:
         with self._lock:
             if self._closed:
                 raise QueueFullError("the server is stopping and takes no more requests")
-            if len(self._jobs) >= self.max_jobs:
-                raise QueueFullError(f"{self.max_jobs} requests are waiting already: try again later")
+            self.check_room()
             job.state = "queued"
             job.queued_at = time.monotonic()
             self._jobs[job] = None

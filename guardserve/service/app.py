@@ -19,7 +19,7 @@ from guardserve.runtime import Runtime
 from guardserve.service.access import CHALLENGE, Access, is_open
 from guardserve.service.answer import RETRY_AFTER, named, refusal
 from guardserve.service.endpoints import ProtocolEndpoints, error_response, metrics_router
-from guardserve.service.gateway import Gateway
+from guardserve.service.gateway import Gateway, give_way
 from guardserve.service.inference import Inference, OnNonFinite
 from guardserve.service.life import Life, closing
 from guardserve.service.limits import Limits
@@ -73,9 +73,11 @@ class Service(FastAPI):
         if self.life.closing or self.life.crowded:
             send = closing(send)
         if self.life.crowded and not is_open(scope["path"]):
+            give_way()
             await CROWDED.send(send)
             return
         if not self.access.allows(scope):
+            give_way()
             await UNAUTHORIZED.send(send)
             return
         if scope["path"] in self.gateway.inference.paths and scope["method"] == "POST":

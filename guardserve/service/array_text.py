@@ -18,6 +18,10 @@ import orjson
 PIECE = 64 * 1024
 """Bytes that are parsed at once; no number with the whitespace around it is longer."""
 
+DEEP = "it is nested too deeply, or ends in the midst of that: send data flat, or nested like its shape"
+"""What is wrong with JSON that no tensor needs."""
+
+_TOO_DEEP = ("depth limit exceeded", "failed to allocate memory")  # as orjson calls it
 _START = re.compile(rb"[ \t\n\r]*:[ \t\n\r]*\[")  # of an array, behind its name
 _NAME = b'"data"'
 _SPACE = b" \t\n\r"
@@ -150,15 +154,22 @@ def parse_numbers(text: bytes) -> list[Any]:
     """
     try:
         values = orjson.loads(text)
-    except orjson.JSONDecodeError:
+    except orjson.JSONDecodeError as error:
         if b"N" not in text and b"I" not in text:
-            raise
+            raise explained(error) from None
         try:
             values = json.loads(text, parse_float=finite)
         except RecursionError:
-            raise ValueError("it is nested too deeply") from None
+            raise ValueError(DEEP) from None
     found: list[Any] = values
     return found
+
+
+def explained(error: ValueError) -> ValueError:
+    """Return what the parser found: of text that ends deep inside lists it says that its memory did not suffice."""
+    if isinstance(error, orjson.JSONDecodeError) and error.msg in _TOO_DEEP:
+        return ValueError(f"{DEEP}: line {error.lineno} column {error.colno} (char {error.pos})")
+    return error
 
 
 def finite(literal: str) -> float:
@@ -193,7 +204,10 @@ def _end(body: bytes, start: int, size: int) -> int | None:
         if body[end - 1 : end] != b",":
             return None
         end = _stripped(body, start, end - 1)
-    return end if end > start and body[end - 1 : end] == b"]" else None
+    if end <= start or body[end - 1 : end] != b"]":
+        return None
+    # an array of lists that a string follows within it ends later
+    return end if body.count(b"]", start, end) == body.count(b"[", start, end) + 1 else None
 
 
 def _stripped(body: bytes, start: int, end: int) -> int:

@@ -11,7 +11,8 @@ from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
 import orjson
 
 from guardserve.exceptions import GuardserveError
-from guardserve.service.array_text import PIECE, TooLongError, cut_arrays
+from guardserve.service.array_text import PIECE, TooLongError, cut_arrays, explained
+from guardserve.service.duplicates import duplicate, surely_unique
 from guardserve.service.limits import Hold, unlimited
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -134,13 +135,21 @@ def load_json(body: bytes, size: int) -> object:
     """
     if size <= MAX_WHOLE:
         try:
-            return orjson.loads(memoryview(body)[:size])
+            request = orjson.loads(memoryview(body)[:size])
         except orjson.JSONDecodeError as error:
             if body.find(b"NaN", 0, size) < 0 and body.find(b"Infinity", 0, size) < 0:
                 raise _no_json(error) from None
+        else:
+            _check_members(body, size, request)
+            return request
+    return _load_in_parts(body, size)
+
+
+def _load_in_parts(body: bytes, size: int) -> object:
     try:
         rest, arrays = cut_arrays(body, size, MAX_REST)
         request = orjson.loads(rest)
+        _check_members(rest, len(rest), request)
         inputs = request.get("inputs") if isinstance(request, dict) else None
         for entry in inputs if isinstance(inputs, list) else ():
             mark = entry.get("data") if isinstance(entry, dict) else None
@@ -152,12 +161,22 @@ def load_json(body: bytes, size: int) -> object:
     except ValueError as error:
         raise _no_json(error) from None
     if arrays:
-        raise ProtocolError("the request has members called data that are no input's, or twice the same one's")
+        raise ProtocolError("the request has members called data that are no input's")
     return request
 
 
 def _no_json(error: ValueError) -> ProtocolError:
-    return ProtocolError(f"the request is not valid JSON: {error}")
+    return ProtocolError(f"the request is not valid JSON: {explained(error)}")
+
+
+def _check_members(text: bytes, size: int, request: object) -> None:
+    """Refuse a request in which an object has a member twice, of which the parser has kept the last."""
+    try:
+        name = None if surely_unique(text, size, request) else duplicate(text, size)
+    except ValueError as error:
+        raise _no_json(error) from None
+    if name is not None:
+        raise ProtocolError(f"the member {shown(name)} stands twice in one object of the request: send it once")
 
 
 def json_object(value: object, where: str) -> dict[str, Any]:

@@ -20,6 +20,14 @@ from guardserve.service.report import Reporter
 _log = logging.getLogger(__name__)
 
 DISCONNECTED = refusal(CLIENT_CLOSED_REQUEST, "disconnected", "the request was not whole")
+PAUSE = 100e-6
+"""Seconds for which the event loop pauses when requests are refused or have failed."""
+
+PAUSE_INTERVAL = 200e-6
+"""Seconds between two pauses, at least: many requests may fail together."""
+
+_next_pause = 0.0
+
 CLOSE = ((b"connection", b"close"),)
 
 
@@ -97,6 +105,7 @@ class Gateway:
         self._metrics.request_ended(answer.status, seconds, answer.reason, identity)
         if answer.reason is not None:
             self._reporter.report(answer, identity)
+            give_way()
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
         headers: Mapping[bytes, bytes] = dict(scope["headers"])
@@ -137,3 +146,15 @@ async def _received(held: Held, receive: Receive) -> bytes:
         parts.append(message["body"])
         more = message.get("more_body", False)
     return b"".join(parts)
+
+
+def give_way() -> None:
+    """Let the forward's thread have the interpreter.
+
+    It lets go of that for each operation of a model, and a loop that does not pause takes it again before the other
+    thread has woken up: a flood of requests to refuse would slow forwards down to a tenth.
+    """
+    global _next_pause  # noqa: PLW0603 - of all gateways, as the interpreter is
+    if time.monotonic() >= _next_pause:
+        time.sleep(PAUSE)
+        _next_pause = time.monotonic() + PAUSE_INTERVAL

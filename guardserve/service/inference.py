@@ -206,6 +206,7 @@ class Inference:
             return self._unready()
         ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         try:
+            self.engine.check_room()
             if is_small(body, headers):
                 request = self._reading.read(body, headers, held)
             else:
@@ -268,6 +269,7 @@ class Inference:
             send(answer or OUTCOMES["done"])
 
         try:
+            self.engine.check_room()  # however the request reads: to refuse costs less than that
             request = self._reading.read(body, headers, held)
             job = self._submit(request, ended, None)
         except GuardserveError as error:

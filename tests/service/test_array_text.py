@@ -194,3 +194,9 @@ def test_cutting_the_arrays_out_and_putting_them_back_is_the_identity(text: str,
         rest = rest.replace(b'"%b"' % mark.encode(), json.dumps(array.whole()).encode())
     assert json.loads(rest) == json.loads(text)
     assert len(arrays) == count
+
+
+def test_an_array_of_lists_and_strings_is_not_cut_in_its_midst() -> None:
+    """It is no tensor's, and left where it is."""
+    for body in (b'{"data":[[1],"x"]}', b'{"a":{"data":[[1],[2],"d"],"b":1}}', b'{"data":[[1],{"b":[2]}]}'):
+        assert cut_arrays(body, len(body), len(body)) == (body, {})

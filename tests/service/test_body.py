@@ -190,6 +190,16 @@ def test_what_is_not_json_is_refused(body: bytes) -> None:
     assert len(orjson.dumps(str(caught.value))) < 300
 
 
+@pytest.mark.parametrize("text", [b"[" * 1000, b'{"inputs":[{"data":[0,' + b"[" * 1000, b"[" * 1030 + b"]" * 1030])
+def test_json_that_is_nested_too_deeply_is_told_so(text: bytes) -> None:
+    """Also where it is cut off, of which the parser says that its memory did not suffice."""
+    with pytest.raises(
+        ProtocolError, match=r"nested too deeply, .*: send data flat, .*: line 1 column [0-9]+ "
+    ) as caught:
+        load_json(text, len(text))
+    assert "memory" not in str(caught.value)
+
+
 def test_non_finite_literals_are_read_in_tensor_data() -> None:
     """Clients such as tritonclient write them there, although JSON has none."""
     body = b'{"id": "NaN", "inputs": [{"data": [[NaN], Infinity, -Infinity, 0.1, 3]}, {"name": "b"}], "outputs": []}'
@@ -253,7 +263,6 @@ def test_as_much_beside_the_data_of_inputs_as_may_be_is_read() -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b'{"inputs":[{"data":%b,"data":[2]}]}',
         b'{"inputs":[],"data":%b}',
         b'{"inputs":[{"parameters":{"data":%b}}]}',
         b'{"inputs":[{"x\\"data":%b}]}',

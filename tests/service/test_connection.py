@@ -21,8 +21,7 @@ from serving import loaded, metric, serving, wait_until
 from torch import nn
 
 from guardserve.runtime import Runtime
-from guardserve.service import connection as connection_module
-from guardserve.service import inference, reading
+from guardserve.service import bounds, inference, reading
 from guardserve.service.app import create_app
 from guardserve.service.background import serve_in_background
 from guardserve.service.connection import PATIENCE, Connection
@@ -284,7 +283,7 @@ def test_a_connection_ends_with_an_answer_where_the_client_says_so(version: str,
 def test_the_last_answer_is_whole_whatever_is_sent_behind_it(pause: float) -> None:
     """Input that nobody reads would have the kernel take back what the client has not yet received."""
     with (
-        mock.patch.object(connection_module, "LINGER", 20.0),  # however busy the client is
+        mock.patch.object(bounds, "LINGER", 20.0),  # however busy the client is
         serving(Echo(copies=200_000)) as client,  # 2.4 MB
         socket.socket() as sock,
     ):
@@ -324,7 +323,7 @@ def test_a_client_that_sends_on_behind_its_last_answer_is_let_go() -> None:
 def test_the_body_of_a_request_that_was_answered_early_is_read_on_before_the_connection_ends() -> None:
     """As long as where the connection goes on, however short the time that others have."""
     with (
-        mock.patch.object(connection_module, "LINGER", 0.0),
+        mock.patch.object(bounds, "LINGER", 0.0),
         serving(Echo(), max_body_size=1000) as client,
         connected(client) as connection,
     ):
@@ -364,7 +363,7 @@ def test_a_client_that_does_not_read_is_not_written_to_without_end() -> None:
 def test_a_client_that_takes_no_answer_is_let_go() -> None:
     """Its connection ends, as what it asked for would wait for ever; one that takes some, slowly, is kept."""
     with (
-        mock.patch.object(connection_module, "WRITE_TIMEOUT", 1.5),
+        mock.patch.object(bounds, "WRITE_TIMEOUT", 1.5),
         serving(Echo(copies=500_000)) as client,  # 6 MB
         connected(client) as slow,
         connected(client) as idle,
@@ -412,7 +411,7 @@ def test_a_client_that_leaves_the_end_of_its_answers_is_let_go() -> None:
         made(connection, transport)
 
     with (
-        mock.patch.object(connection_module, "WRITE_TIMEOUT", 0.3),
+        mock.patch.object(bounds, "WRITE_TIMEOUT", 0.3),
         mock.patch.object(Connection, "connection_made", narrow),
         mock.patch.object(Connection, "connection_lost", lose),
         serving(Echo(copies=500)) as client,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPResponse
 from unittest import mock
 
@@ -18,9 +22,10 @@ from serving import metric, serving, wait_until
 from torch import nn
 
 from guardserve.engine import Result
-from guardserve.service import connection
+from guardserve.service import bounds
 from guardserve.service.answer import Answer
-from guardserve.service.connection import MAX_HEAD
+from guardserve.service.bounds import MAX_HEAD
+from guardserve.service.connection import Connection
 from guardserve.service.inference import Inference
 from guardserve.service.request import InferRequest
 
@@ -109,13 +114,67 @@ def test_a_server_that_stops_does_not_wait_for_a_body_of_which_nothing_has_come(
     assert time.monotonic() - stopped < 20
 
 
+def test_a_server_that_stops_does_not_wait_long_for_bodies_whose_requests_were_refused() -> None:
+    """Nor for those that are refused while it stops: a client may send on for ever, or say nothing more."""
+    shutdown, stopping = Connection.shutdown, threading.Event()
+
+    def stop(each: Connection) -> None:
+        shutdown(each)
+        stopping.set()
+
+    def refuse_late(sock: socket.socket) -> None:
+        stopping.wait(30)
+        sock.sendall(b"%x\r\n%b\r\n" % (500, b"x" * 500))
+
+    with ExitStack() as open_until_the_end, mock.patch.object(bounds, "HEADER_TIMEOUT", 60.0):
+        with (
+            mock.patch.object(Connection, "shutdown", stop),
+            ThreadPoolExecutor(1) as thread,
+            serving(Waits(), max_body_size=1000) as client,
+        ):
+            early, late = (open_until_the_end.enter_context(raw(client)) for _ in range(2))
+            early.sendall(POST + b"Connection: close\r\nContent-Length: 99999999\r\n\r\n")
+            assert "larger than 1000 bytes" in refused(read_all(early), 413)
+            late.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (900, b"x" * 900))
+            wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 1)
+            sent = thread.submit(refuse_late, late)
+            stopped = time.monotonic()
+        assert time.monotonic() - stopped < 30
+        assert sent.exception() is None
+        assert "larger than 1000 bytes" in refused(read_all(late), 413)
+
+
+def test_a_client_that_has_gone_before_its_last_answer_is_closed_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
+    """The kernel then knows of no connection whose end could be told; that is no fault of the server's."""
+    made, end, lost = Connection.connection_made, Connection.connection_lost, threading.Event()
+
+    def make(each: Connection, transport: asyncio.Transport) -> None:
+        gone = mock.Mock(wraps=transport, **{"write_eof.side_effect": OSError(errno.ENOTCONN, "not connected")})
+        made(each, gone)
+
+    def lose(each: Connection, error: Exception | None) -> None:
+        end(each, error)
+        lost.set()
+
+    with (
+        serving(Waits()) as client,
+        mock.patch.object(Connection, "connection_made", make),
+        mock.patch.object(Connection, "connection_lost", lose),
+        raw(client) as sock,
+    ):
+        sock.sendall(request(b"Connection: close"))
+        assert lost.wait(10)
+        assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize("rest", [b"x", b"x" * 1000, b"\r\n"])
 @pytest.mark.parametrize("head", [LIVE + b"Content-Length: 1000\r\n\r\n", POST + b"Content-Length: 99999999\r\n\r\n"])
 def test_what_comes_after_an_early_answer_keeps_no_connection_open(
     head: bytes, rest: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part of the body, all of it, or something between requests."""
-    monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.6)
+    monkeypatch.setattr(bounds, "HEADER_TIMEOUT", 0.6)
     with serving(Waits()) as client, raw(client) as sock:
         sock.sendall(head)
         answer = HTTPResponse(sock)
@@ -138,7 +197,7 @@ def test_requests_that_wait_for_the_model_are_not_ended_for_the_one_behind_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is the server that does not read on: a part of a request's headers may lie there for long."""
-    monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.6)
+    monkeypatch.setattr(bounds, "HEADER_TIMEOUT", 0.6)
     with serving(Waits()) as client, raw(client) as sock:
         last = request(b"Connection: close")
         sock.sendall(request(body=content(77)) + request() + last[:30])
@@ -199,7 +258,7 @@ def test_a_request_that_asks_for_another_protocol_is_answered_in_this_one() -> N
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"\x16\x03\x01\x02\x00", b"GET / SMTP/9\r\n\r\n", b"CONNECT a:80 HTTP/1.1\r\n\r\n"]
+    "garbage", [b"\x16\x03\x01\x02\x00", b"GET / SMTP/9\r\n\r\n", b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n"]
 )
 def test_what_is_no_http_is_refused_in_the_protocols_form(garbage: bytes) -> None:
     """At the start, and after a request: that is answered first, and alone."""
@@ -208,6 +267,48 @@ def test_what_is_no_http_is_refused_in_the_protocols_form(garbage: bytes) -> Non
         assert "not an HTTP request" in refused(read_all(first), 400)
         second.sendall(request(body=content(77)) + garbage)
         assert [line for line in read_all(second).splitlines() if line.startswith(b"HTTP")] == [b"HTTP/1.1 200 OK"]
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [b"", b"Host: a\r\nHost: a\r\n", b"Host: a, b\r\nhost:\r\n", b"Host: a b\r\n", b"Host: a/b\r\n"],
+)
+def test_a_request_without_exactly_one_host_is_refused(hosts: bytes) -> None:
+    """On every path, as RFC 9112 (3.2) demands, at first and behind good ones."""
+    end = hosts + b"Content-Length: %d\r\n\r\n%b" % (len(content()), content())
+    with serving(Waits()) as client:
+        for line in (f"POST {INFER}", "GET /v2/health/live", "GET /metrics", "GET /none"):
+            with raw(client) as first, raw(client) as later:
+                first.sendall(line.encode() + b" HTTP/1.1\r\n" + end)
+                assert "one Host header" in refused(read_all(first), 400)
+                for _ in range(2):
+                    later.sendall(request())
+                    assert later.recv(2**16).startswith(b"HTTP/1.1 200")
+                later.sendall(line.encode() + b" HTTP/1.1\r\n" + end)
+                assert "one Host header" in refused(read_all(later), 400)
+        assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == 8
+
+
+@pytest.mark.parametrize("header", [b"Content-Type: a/b\r\n", b"content-encoding: gzip\r\n"])
+def test_a_header_that_says_how_to_read_a_body_stands_once(header: bytes) -> None:
+    """None of two is silently taken for the one that counts."""
+    with serving(Waits()) as client, raw(client) as sock:
+        sock.sendall(LIVE + header + b"\r\n")
+        assert sock.recv(2**16).startswith(b"HTTP/1.1 200")
+        sock.sendall(LIVE + header + header + b"\r\n")
+        assert "may stand once" in refused(read_all(sock), 400)
+
+
+def test_a_request_with_any_host_is_answered() -> None:
+    """The server has no name of its own; in HTTP/1.0 there need not be one."""
+    live = b"GET /v2/health/live HTTP/1."
+    hosts = (b"", b" [::1]:80 ", b"a_b.example:", b"127.0.0.1:8000", b"[fe80::1%25eth0]")
+    heads = [live + b"1\r\nConnection: close\r\nHost:%b\r\n\r\n" % host for host in hosts]
+    with serving(Waits()) as client:
+        for head in (*heads, live + b"0\r\n\r\n"):
+            with raw(client) as sock:
+                sock.sendall(head)
+                assert read_all(sock).startswith(b"HTTP/1.1 200"), head
 
 
 @pytest.mark.parametrize(
@@ -242,11 +343,11 @@ def test_a_client_that_sends_no_more_has_its_answer(body: bytes) -> None:
         sock.sendall(request(body=body))
         sock.shutdown(socket.SHUT_WR)
         received = read_all(sock)
-        head = received.removeprefix(connection.CONTINUE).lower()
+        head = received.removeprefix(bounds.CONTINUE).lower()
         assert head.startswith(b"http/1.1 200")
         if body == content(77):  # others may be answered before it shows that no more comes
             assert b"\r\nconnection: close\r\n" in head
-            assert received.startswith(connection.CONTINUE), "whether it is still there"
+            assert received.startswith(bounds.CONTINUE), "whether it is still there"
 
 
 def test_pipelined_requests_are_all_answered_to_a_client_that_sends_no_more() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import socket
@@ -13,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -20,7 +22,9 @@ import torch
 from serving import metric, serving, wait_until
 from torch import nn
 
-from guardserve.service import connection
+from guardserve.service import bounds, gateway
+from guardserve.service.access import Access
+from guardserve.service.app import create_app
 from guardserve.service.reading import Reading
 from guardserve.service.request import InferRequest
 from guardserve.signature import TensorSpec
@@ -110,6 +114,40 @@ def test_a_full_queue_is_said_at_once_and_health_and_metrics_still_answer() -> N
         assert [answer.result().status_code for answer in (first, *accepted)] == [200] * 3
         assert client.post(INFER, json=body(4)).status_code == 200
     assert 3.0 not in model.seen
+
+
+@pytest.mark.parametrize("size", [0, 300_000], ids=["short way", "long way"])
+def test_what_comes_when_the_queue_is_full_is_refused_unread(size: int) -> None:
+    """Whatever it is: to read it would keep the interpreter from the forwards of those that were accepted."""
+    model = Gate()
+    with blocked(model, max_queue_size=1) as (client, threads, first):
+        second = threads.submit(client.post, INFER, json=body(1))
+        wait_until(lambda: metric(client, 'guardserve_queue_size{model="net"}') == 1)
+        with mock.patch.object(Reading, "read", side_effect=AssertionError) as read:
+            refused = client.post(INFER, content=b"{no JSON" + b" " * size)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert read.call_count == 0
+        model.open.set()
+        assert [answer.result().status_code for answer in (first, second)] == [200, 200]
+        assert client.post(INFER, content=b"{no JSON").status_code == 400
+
+
+def test_each_request_that_is_refused_gives_way_to_the_forwards() -> None:
+    """A flood of them would have the interpreter again before the other thread has woken up; good ones do not wait."""
+    key = "0123456789abcdef"
+    with (
+        mock.patch("serving.create_app", functools.partial(create_app, access=Access([key]))),
+        serving(Gate(), max_body_size=1000) as client,
+        mock.patch.object(gateway, "time", wraps=time) as clock,
+    ):
+        assert client.post(INFER).status_code == 401
+        client.headers["Authorization"] = f"Bearer {key}"
+        assert clock.sleep.mock_calls == [mock.call(gateway.PAUSE)]
+        assert client.post(INFER, json=body(1)).status_code == 200
+        assert clock.sleep.call_count == 1
+        for count, content in enumerate((b"{no JSON", b" " * 2000), start=2):
+            assert client.post(INFER, content=content).is_client_error
+            assert clock.sleep.call_count == count
 
 
 def test_a_request_whose_time_is_over_gets_504_and_is_never_run() -> None:
@@ -224,7 +262,7 @@ def test_more_connections_than_may_be_get_503_but_health_and_metrics_answer() ->
 
 def test_connections_that_say_nothing_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are, health is answered; those that have asked for something keep theirs."""
-    monkeypatch.setattr(connection, "SLACK", 2)
+    monkeypatch.setattr(bounds, "SLACK", 2)
     with serving(Gate(), max_connections=3) as client, ExitStack() as stack:
         assert client.get("/v2/health/live").status_code == 200
         silent = [stack.enter_context(raw(client)) for _ in range(20)]
@@ -242,7 +280,7 @@ def test_connections_that_say_nothing_make_room_for_others(monkeypatch: pytest.M
 @pytest.mark.parametrize("start", [b"", b"POST /v2/models/net/infer HT", b"GET / HTTP/1.1\r\nHost: te"])
 def test_a_connection_that_never_says_what_it_wants_is_closed(start: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a byte, or with a part of the headers, also after a whole request."""
-    monkeypatch.setattr(connection, "HEADER_TIMEOUT", 0.3)
+    monkeypatch.setattr(bounds, "HEADER_TIMEOUT", 0.3)
     with serving(Gate()) as client:
         for before in (b"", b"GET /v2/health/live HTTP/1.1\r\nHost: test\r\n\r\n"):
             if before and not start:

@@ -1,0 +1,390 @@
+"""What bounds a connection: how many there may be, how long each may take, and how each of them ends."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, Literal
+
+import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from guardserve.identity import Identity
+from guardserve.service.answer import Answer, refusal
+
+HEADER_TIMEOUT = 10.0
+"""Seconds from a connection's first moment, or from a request's first byte, until its headers are whole.
+
+As many are left for a body that comes after its request was answered, and for the request behind it.
+"""
+
+MAX_HEAD = 64 * 1024
+"""Bytes of a request's path and headers, or of what stands between the parts of its body; more are refused with 431."""
+
+LINGER = 0.5
+"""Seconds that what comes behind the last answer is read, and, when the server stops, a body of which nothing has."""
+
+SLACK = 64
+"""Connections beyond the limit that are still taken, for health and metrics; each is closed after one answer."""
+
+WRITE_TIMEOUT = 60.0
+"""Seconds for which a client may take nothing of an answer that waits for it."""
+
+LOOK_INTERVAL = 0.05
+"""Seconds between two looks whether a client that sends no more is still there to take its answer."""
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""What tells: a client that waits passes it over, one that has gone has nobody who would take it."""
+
+_HOST = re.compile(rb"(\[[\w.:%~-]+\]|[\w.~%!$&'()*+,;=-]*)(:[0-9]*)?[ \t]*")
+
+_ONCE = frozenset((b"content-type", b"content-encoding", b"inference-header-content-length"))
+
+MALFORMED = refusal(400, "malformed", "what came is not an HTTP request")
+NO_HOST = refusal(400, "malformed", "the request needs one Host header, with a host and perhaps a port: RFC 9112, 3.2")
+REPEATED = refusal(
+    400, "malformed", "Content-Type, Content-Encoding and Inference-Header-Content-Length may stand once in a request"
+)
+LARGE_HEAD = refusal(431, "too_large", f"the request's path and headers are larger than {MAX_HEAD} bytes")
+
+
+class _RefusedHeadError(Exception):
+    """A head that is well-formed and refused all the same.
+
+    Attributes:
+        answer: What is said to that.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status)
+        self.answer = answer
+
+
+class _OverError(Exception):
+    """Something behind the last answer."""
+
+
+class _Flow(FlowControl):
+    """uvicorn's, which also reads on while pipelined requests wait: a client could send more of them without end."""
+
+    def __init__(self, transport: asyncio.Transport, pipeline: deque[Any]) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        """Read on, if all that came before is being answered."""
+        if not self._pipeline:
+            super().resume_reading()
+
+
+class _Outlet:
+    """Where uvicorn writes an answer: the transport, but closed as its connection wishes."""
+
+    __slots__ = ("close", "is_closing", "write")
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """uvicorn's connection, with an end to one that never sends a request or all its headers, or takes no answer."""
+
+    # a limit that belongs to the server: it makes a class of its own, see connection_class
+    max_connections = 1024
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin, unless there are far too many already; the one that has said nothing for longest then makes room."""
+        if len(self.connections) >= self.max_connections + SLACK:
+            others: Any = self.connections
+            silent = [other for other in others if other.is_idle and not other.transport.is_closing()]
+            if not silent:
+                transport.abort()
+                return
+            min(silent, key=_since).transport.abort()
+        super().connection_made(transport)
+        self.flow = _Flow(transport, self.pipeline)
+        self._outlet = _Outlet(transport, self._leave)
+        self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
+        self._writing: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
+        # what has come of the request that is being read, and how many bytes since there was last a body or its headers
+        self._stage: Literal["nothing", "head", "headers", "body", "over"] = "nothing"
+        self._unread = 0
+        self._patience = HEADER_TIMEOUT
+        self._idle_since: float | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has asked for nothing yet, or has its last answer."""
+        cycle: Any = self.cycle
+        return cycle is None or (self._stage == "over" and not self.transport.get_write_buffer_size())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        if self.transport is not None:
+            self._stop_waiting()
+            if self._writing is not None:
+                self._writing.cancel()
+            if self._looking is not None:
+                self._looking.cancel()
+            super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has come; where nothing is being answered, wait only so long for the rest."""
+        if self._stage == "over":
+            return
+        self._idle_since = None
+        rested = self._stage == "nothing" and not self._unread
+        self._unread += len(data)
+        try:
+            rest = self._parse(data)
+            at_once = rested and not rest
+            while rest:
+                rest = self._parse(rest)
+            self._check_size(self._unread)
+        except (httptools.HttpParserError, _RefusedHeadError) as error:
+            self._refuse(error)
+            return
+        self.have_read(data, at_once=at_once)
+        if self._waiting is None and (self._stage == "head" or self.cycle.response_complete):
+            self._waiting = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
+
+    def have_read(self, data: bytes, *, at_once: bool) -> None:
+        """Go on when what has come was read.
+
+        Args:
+            data: That.
+            at_once: Whether it began with a request, and was read in one go.
+        """
+
+    def eof_received(self) -> bool:  # type: ignore[override] # asyncio's own may say so, uvicorn's does not
+        """Answer a client that sends no more, if what it has sent is whole; TLS has no such connection."""
+        cycle: Any = self.cycle
+        if self._stage != "nothing" or cycle is None or cycle.response_started or self.scheme == "https":
+            return False
+        cycle.keep_alive = False
+        self._looking = self.loop.call_later(LOOK_INTERVAL, self._look, cycle)
+        return True
+
+    def pause_writing(self) -> None:
+        """Write no more: the client does not take what there is."""
+        super().pause_writing()
+        self._see_answer_off()
+
+    def on_message_begin(self) -> None:
+        """Begin a request, unless it came behind the last one that is answered."""
+        if self._stage == "over":
+            raise _OverError
+        self._stage, self._unread = "head", 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Go on with a request whose headers are whole."""
+        self._check_size(sum(map(len, chain.from_iterable(self.headers)), len(self.url)))
+        self._check_host([value for name, value in self.headers if name == b"host"])
+        single = [name for name, _ in self.headers if name in _ONCE]
+        if len(set(single)) < len(single):
+            raise _RefusedHeadError(REPEATED)
+        codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if codings not in ([], [b"chunked"]):  # the parser would pass a body on in a coding that nobody undoes
+            raise httptools.HttpParserError("its transfer coding is not chunked")
+        if self.parser.should_upgrade():  # it is read again, see _parse
+            return
+        self._stage, self._unread = "headers", 0
+        if self._waiting is not None:
+            self._stop_waiting()
+        super().on_headers_complete()
+        cycle: Any = self.cycle
+        cycle.transport = self._outlet
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a request's body."""
+        self._stage, self._unread = "body", 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Take the end of a request's body."""
+        if self.parser.should_upgrade():
+            return
+        self._stage, self._unread = "nothing", 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or wait for it: uvicorn's, but with a timer that many requests share."""
+        self.server_state.total_requests += 1
+        self._see_answer_off()
+        if self._stage == "over" or self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            super()._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._wait_for_request(self.timeout_keep_alive)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End a connection on which nothing has come for so long."""
+        self.timeout_keep_alive_task = None
+        if self._idle_since is None:
+            return
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._wait_for_request(left)
+        else:
+            super().timeout_keep_alive_handler()
+
+    def shutdown(self) -> None:
+        """Stop, once what was asked is answered; a body of which nothing has come is not waited for."""
+        self._patience = LINGER
+        if self._stage == "over":
+            self._leave()  # with less time, if it had more
+            return
+        super().shutdown()
+        if self._stage == "headers" and self._waiting is None:
+            self._waiting = self.loop.call_later(LINGER, self._give_up_body)
+
+    def _parse(self, data: bytes) -> bytes:
+        """Read on, and return what is to be read again: a request that asked for another protocol, but without that."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            method = self.parser.get_method()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError("there is nothing to connect to") from None
+            lines = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
+            lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)  # this one takes nothing more after "Connection: close"
+            return b"\r\n".join([*lines, b"", data[upgrade.args[0] :]])
+        return b""
+
+    def _check_size(self, size: int) -> None:
+        if size > MAX_HEAD:
+            raise _RefusedHeadError(LARGE_HEAD)
+
+    def _check_host(self, hosts: Sequence[bytes]) -> None:
+        enough = len(hosts) == 1 or (not hosts and self.parser.get_http_version() == "1.0")
+        if not enough or not all(map(_HOST.fullmatch, hosts)):
+            raise _RefusedHeadError(NO_HOST)
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer what cannot be read, and end; but what was whole before has its answer first, and no other."""
+        if self._stage == "over":
+            return
+        self.logger.warning("Invalid HTTP request received.")
+        cycle: Any = self.cycle
+        if self.pipeline or (cycle is not None and not cycle.response_complete and self._stage in ("nothing", "head")):
+            cycle.keep_alive = False
+            self.flow.pause_reading()
+            return
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            self.transport.close()
+            return
+        causes = [cause.answer for cause in (error, error.__context__) if isinstance(cause, _RefusedHeadError)]
+        answer = causes[0] if causes else MALFORMED
+        self._write(answer.named(Identity({})), self.server_state.default_headers, b"connection: close\r\n\r\n")
+        self._stage = "nothing"  # that would be read on
+        self._leave()
+
+    def _leave(self) -> None:
+        """Close behind the last answer, in stages: with input that nobody has read, the kernel would take it back.
+
+        What else the client sends is dropped for a while (RFC 9112, 9.6), a body as long as that of any early answer.
+        """
+        self._stop_waiting()
+        cycle: Any = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if self._looking is not None or not self.transport.can_write_eof():  # all is read, or TLS sees to it
+            self.transport.close()
+            return
+        self._see_answer_off()
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has gone
+            self.transport.abort()
+            return
+        limit = self._patience if self._stage in ("headers", "body") else LINGER
+        self._waiting = self.loop.call_later(limit, self.transport.close)
+        self._stage = "over"
+        self.pipeline.clear()
+        self.flow.resume_reading()
+
+    def _write(self, answer: Answer, default_headers: Sequence[tuple[bytes, bytes]], end: bytes) -> None:
+        own = [b"%b: %b\r\n" % (name.lower(), value) for name, value in answer.headers]
+        length = b"content-length: %d\r\n" % len(answer.body)
+        head = (STATUS_LINE[answer.status], _lines(default_headers), *own, length, end)
+        self.transport.write(b"".join((*head, answer.body)))
+
+    def _look(self, cycle: Any, *, asked: bool = False) -> None:
+        """End a connection that the other side has closed: as long as it is sent nothing, it looks like one that waits.
+
+        Args:
+            cycle: The last request.
+            asked: Whether it was sent something.
+        """
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+            return
+        if not asked and not self.pipeline and not cycle.response_started and cycle.scope["http_version"] == "1.1":
+            self.transport.write(CONTINUE)
+            asked = True
+        self._looking = self.loop.call_later(LOOK_INTERVAL, functools.partial(self._look, cycle, asked=asked))
+
+    def _wait_for_request(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def _see_answer_off(self) -> None:
+        """Have the connection end if what is left of an answer is not taken."""
+        if self._writing is None and self.transport.get_write_buffer_size():
+            self._wait_for_client()
+
+    def _wait_for_client(self, unsent: int | None = None) -> None:
+        """End the connection if nothing has been taken since there was so much to send, and wait again for the rest."""
+        left = self.transport.get_write_buffer_size()
+        self._writing = None
+        if left == unsent:
+            self.transport.abort()
+        elif left:
+            self._writing = self.loop.call_later(WRITE_TIMEOUT, self._wait_for_client, left)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _give_up(self) -> None:
+        self._waiting = None
+        # while requests wait for their turn nothing is read: it is not the client who lets the other wait
+        if not self.pipeline and not self.transport.is_closing():
+            self.transport.close()
+
+    def _give_up_body(self) -> None:
+        self._waiting = None
+        if self._stage == "headers":
+            self._give_up()
+
+
+def _since(connection: BoundedConnection) -> float:
+    """Return when a connection ends if it sends no request, which tells how long it has been there."""
+    return 0.0 if connection._waiting is None else connection._waiting.when()  # noqa: SLF001 - one of its own kind
+
+
+_written: tuple[Sequence[tuple[bytes, bytes]], bytes] = ((), b"")
+
+
+def _lines(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """Write the headers that all answers have, which uvicorn makes anew once a second, as lines."""
+    global _written  # noqa: PLW0603 - the last ones
+    if _written[0] is not headers:
+        _written = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
+    return _written[1]
