@@ -33,10 +33,17 @@ def require_program() -> Callable[[str], str]:
     return find
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Have no test's random numbers depend on which tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """Let no test see another's graphs, and no deprecation inside the compiler be an error of ours."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
