@@ -54,7 +54,7 @@ def test_every_endpoint_but_health_and_metrics_needs_a_key() -> None:
             assert client.post(INFER, json=BODY, headers={"Authorization": f"Bearer {key}"}).status_code == 200
             assert client.post(INFER, json=BODY, auth=("anyone", key)).status_code == 200
         assert client.get("/v2/health/ready").status_code == client.get("/v2/health/live").status_code == 200
-        assert metric(client, 'guardserve_samples_total{model="net"}') == 4
+        wait_until(lambda: metric(client, 'guardserve_samples_total{model="net"}') == 4)
 
 
 def test_health_and_metrics_are_protected_on_demand() -> None:

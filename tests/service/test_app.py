@@ -334,11 +334,11 @@ def test_the_monitor_counts_what_was_served_and_not_the_probe() -> None:
         assert metric(client, 'guardserve_samples_total{model="net"}') == 0
         for rows in (1, 3):
             client.post(INFER, json=body(*[[1.0, 2.0, 3.0]] * rows))
-        assert metric(client, 'guardserve_samples_total{model="net"}') == 4
+        wait_until(lambda: metric(client, 'guardserve_samples_total{model="net"}') == 4)
         assert math.isnan(metric(client, 'guardserve_shift_score{model="net"}')), "too few samples for a score"
         for _ in range(8):
             client.post(INFER, json=body(*[[1.0, 2.0, 3.0]] * 8))
-        assert metric(client, 'guardserve_shift_score{model="net"}') > 0
+        wait_until(lambda: metric(client, 'guardserve_shift_score{model="net"}') > 0)
         assert metric(client, 'guardserve_guard_violations_total{kind="training_on_entry",model="net"}') == 1
 
 

@@ -147,7 +147,7 @@ def test_a_reference_is_made_of_the_first_requests_while_they_are_served(tmp_pat
         wait_until(path.exists)
         for _ in range(3):
             assert ask(SHIFTS["inverted"](clean[:4])) == 422
-        assert metric(client, 'guardserve_samples_total{model="digits_cnn"}') == 273
+        wait_until(lambda: metric(client, 'guardserve_samples_total{model="digits_cnn"}') == 273)
         assert metric(client, 'guardserve_reference_info{model="digits_cnn",samples="200",target_arl="1000"}') == 1
         assert runtime.monitor.verdict().state == "shifted"
     again = Runtime(

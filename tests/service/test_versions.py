@@ -179,7 +179,7 @@ def test_what_was_accepted_is_answered_by_its_version_which_is_then_freed() -> N
             gate.set()
             assert number(old.result()) == 0
             wait_until(lambda: model() is None, timeout=10)
-            assert metric(client, 'guardserve_samples_total{model="net"}') == 2
+            wait_until(lambda: metric(client, 'guardserve_samples_total{model="net"}') == 2)
             wait_until(lambda: alone(others), timeout=10)
     finally:
         gc.unfreeze()
@@ -526,7 +526,7 @@ def test_sighup_loads_the_weights_again_unless_they_or_the_profile_do_not_fit(tm
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: reloads(client) == (1, 2))
         assert max(asked(client)) < -5
-        assert metric(client, 'guardserve_samples_total{model="net"}') == 3
+        wait_until(lambda: metric(client, 'guardserve_samples_total{model="net"}') == 3)
         process.terminate()
         assert process.wait(20) == 0
     log = (tmp_path / "log").read_text()
