@@ -49,7 +49,7 @@ def serving(module: nn.Module, *inputs: TensorSpec, **limits: Any) -> Iterator[h
     """Serve a module in a thread; give a client once its start-up probe has ended, passed or not."""
     runtime = Runtime(loaded(module, *inputs))
     app = create_app(runtime, limits=Limits(**{"max_batch_size": 8, "max_body_size": 2**20, **limits}))
-    with serve_in_background(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
+    with serve_in_background(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=TIMEOUT) as client:
         wait_until(lambda: runtime.failure is None or "failed" in runtime.failure)
         yield client
 

@@ -266,7 +266,7 @@ def test_a_look_that_fails_is_logged_and_not_the_last(
         monkeypatch.setattr(Monitor, "verdict", broken)
         monkeypatch.setattr("guardserve.watch.LOOK_INTERVAL", 0.01)
         watch.start()
-        while len(caplog.records) < 2:
-            assert watch._thread.is_alive()
+        wait_until(lambda: len(caplog.records) >= 2)
+        assert watch._thread.is_alive()
         watch.close()
     assert "could not look at net" in caplog.text

@@ -155,7 +155,7 @@ def workers(folder: Path, *options: str, model: str = "named") -> Iterator[tuple
 
 def scraped(port: int, sample: str) -> float:
     """Read one sample over a connection of its own, of whichever worker takes it."""
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=TIMEOUT) as client:
         return metric(client, sample)
 
 
@@ -189,7 +189,7 @@ class Load:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT)
             try:
                 connection.connect()
             except ConnectionRefusedError:
@@ -232,6 +232,9 @@ def test_two_workers_answer_as_one_and_survive_the_death_of_one(tmp_path: Path) 
             wait_until(lambda: len(load.processes) == 2)
             wait_until(lambda: load.answered >= 100)
         assert set(load.outcomes) == {"200"}
+        wait_until(
+            lambda: scraped(port, REQUESTS) == load.answered
+        )  # one that was busy may have been waited for no more
         for _ in range(3):  # whoever answers
             assert scraped(port, REQUESTS) == load.answered
         wait_until(lambda: scraped(port, SAMPLES) == load.answered)  # monitors are looked at now and then
@@ -272,7 +275,7 @@ def test_two_workers_answer_as_one_and_survive_the_death_of_one(tmp_path: Path) 
         with Load(port, until_refused=True) as last:
             wait_until(lambda: last.answered >= 50)
             supervisor.send_signal(signal.SIGTERM)
-            assert supervisor.wait(30) == 0
+            assert supervisor.wait(TIMEOUT) == 0
         assert set(last.outcomes) == {"200"}
 
 
@@ -304,7 +307,7 @@ def test_a_detector_judges_what_all_workers_have_seen_and_outlives_them(
         rng = random.Random(0)
 
         def send(rows: int, mean: float) -> None:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=TIMEOUT) as client:
                 data = [rng.gauss(mean, 1) for _ in range(3 * rows)]
                 tensor = {"name": "x", "shape": [rows, 3], "datatype": "FP32", "data": data}
                 answer = client.post(INFER, json={"inputs": [tensor]}).raise_for_status().json()
@@ -317,6 +320,7 @@ def test_a_detector_judges_what_all_workers_have_seen_and_outlives_them(
         while len(seen) < 2 or sum(seen.values()) < 400:
             send(4, 3.0)
         wait_until(lambda: scraped(port, 'guardserve_shift_state{model="named",state="shifted"}') == 1)
+        wait_until(lambda: scraped(port, P_VALUES) == sum(seen.values()))
         for _ in range(4):  # whoever answers
             assert scraped(port, 'guardserve_shift_alarms_total{model="named"}') == 1
             assert scraped(port, 'guardserve_shift_lead_layer{layer="bn",model="named"}') == 1

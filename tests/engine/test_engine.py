@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import loaded, wait_until
+from serving import TIMEOUT, loaded, wait_until
 from torch import nn
 
 from guardserve import ReferenceProfile
@@ -58,7 +58,7 @@ def engine_of(module: nn.Module, *inputs: TensorSpec, **options: Any) -> Iterato
     engine = Engine(runtime, lambda _: None, **options)
     started = threading.Event()
     engine.start(lambda _: started.set())
-    assert started.wait(30)
+    assert started.wait(TIMEOUT)
     if isinstance(module, Scripted):
         module.batches.clear()
     try:
@@ -79,7 +79,7 @@ def results(engine: Engine, *inputs: torch.Tensor, **options: Any) -> list[Resul
 
 def finished(jobs: Sequence[Job]) -> list[Result]:
     """Wait until requests are done."""
-    wait_until(lambda: all(job.result is not None for job in jobs), timeout=20)
+    wait_until(lambda: all(job.result is not None for job in jobs))
     return [job.result for job in jobs if job.result is not None]
 
 
@@ -194,7 +194,7 @@ def test_a_model_that_never_started_is_not_tested_and_its_engine_ends() -> None:
     with mock.patch.object(engine, "test", side_effect=engine.test) as test:
         started = threading.Event()
         engine.start(lambda _: started.set())
-        assert started.wait(30)
+        assert started.wait(TIMEOUT)
         time.sleep(0.2)
         assert runtime.failure is not None
         assert test.call_count == 0
@@ -293,7 +293,7 @@ def test_memory_that_does_not_suffice_at_all_makes_the_model_unready_until_it_do
         time.sleep(1.2)
         assert runtime.failure is not None, "the self-test has failed"
         model.memory = 1000
-        wait_until(lambda: runtime.failure is None, timeout=10)
+        wait_until(lambda: runtime.failure is None)
         assert engine.counts.recoveries == 1
 
 
@@ -311,7 +311,7 @@ def test_an_error_of_the_device_makes_the_model_unready_and_is_not_retried() -> 
 def test_a_forward_that_hangs_fails_its_requests_and_another_worker_takes_over() -> None:
     """Unready until a self-test passes on the new thread; what waited is answered; the old thread ends by itself."""
     model = Scripted()
-    with engine_of(model, forward_timeout=0.3, max_batch_size=1) as (engine, runtime):
+    with engine_of(model, forward_timeout=1.0, max_batch_size=1) as (engine, runtime):
         hanging = Job([rows(77.0)])
         engine.submit(hanging)
         waiting = Job([rows(1.0)])
@@ -320,11 +320,11 @@ def test_a_forward_that_hangs_fails_its_requests_and_another_worker_takes_over()
         stuck, fine = finished([hanging, waiting])
         assert isinstance(stuck.error, ForwardTimeoutError)
         assert fine.error is None
-        wait_until(lambda: runtime.failure is None, timeout=10)
+        wait_until(lambda: runtime.failure is None)
         assert (engine.counts.faults["hang"], engine.counts.recoveries) == (1, 1)
         assert len(workers()) == 2
         model.release.set()
-        wait_until(lambda: len(workers()) == 1, timeout=10)
+        wait_until(lambda: len(workers()) == 1)
         assert results(engine, rows(1.0))[0].error is None
         assert not model.training, "the flags are held as before"
 
@@ -332,7 +332,7 @@ def test_a_forward_that_hangs_fails_its_requests_and_another_worker_takes_over()
 def test_two_hanging_forwards_leave_the_model_unready_until_one_ends() -> None:
     """No third thread is started; when one comes back the model is tested and works again."""
     model = Scripted()
-    with engine_of(model, forward_timeout=0.3) as (engine, runtime):
+    with engine_of(model, forward_timeout=1.0) as (engine, runtime):
         for count in (1, 2):
             assert isinstance(results(engine, rows(77.0))[0].error, ForwardTimeoutError)
             assert engine.counts.faults["hang"] == count
@@ -340,7 +340,7 @@ def test_two_hanging_forwards_leave_the_model_unready_until_one_ends() -> None:
         assert runtime.failing
         assert len(workers()) == 2
         model.release.set()
-        wait_until(lambda: runtime.failure is None, timeout=10)
+        wait_until(lambda: runtime.failure is None)
         assert results(engine, rows(1.0))[0].error is None
 
 
@@ -358,7 +358,7 @@ def test_p_values_come_with_the_rows_of_the_request_that_asked() -> None:
     engine = Engine(runtime, lambda _: None)
     started = threading.Event()
     engine.start(lambda _: started.set())
-    assert started.wait(30)
+    assert started.wait(TIMEOUT)
     try:
         usual, odd = torch.full((2, 3), 0.1), torch.full((1, 3), 30.0)
         jobs = [Job([usual], score=True), Job([odd], score=True), Job([usual])]
@@ -402,7 +402,7 @@ def test_results_come_back_once_for_each_batch_with_its_rows_and_seconds() -> No
     )
     started = threading.Event()
     engine.start(lambda _: started.set())
-    assert started.wait(30)
+    assert started.wait(TIMEOUT)
     results(engine, rows(1), rows(2, 3))
     engine.close(5)
     runtime.close()
@@ -450,11 +450,11 @@ def test_a_model_that_breaks_while_nobody_asks_is_found_out_by_a_self_test(inter
     with engine_of(model, self_test_interval=interval) as (engine, runtime):
         model.memory = 0
         if tested:
-            wait_until(lambda: runtime.failure is not None, timeout=10)
+            wait_until(lambda: runtime.failure is not None)
         time.sleep(0.3)
         assert (runtime.failure is not None) is tested
         assert engine.counts.faults["self_test"] == tested
         assert bool(model.batches) is tested
         model.memory = 1000
-        wait_until(lambda: runtime.failure is None, timeout=10)
+        wait_until(lambda: runtime.failure is None)
         assert engine.counts.recoveries == tested

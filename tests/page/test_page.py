@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import free_port, loaded, wait_until
+from serving import TIMEOUT, free_port, loaded, wait_until
 from torch import nn
 
 from guardserve import ReferenceProfile
@@ -23,6 +23,8 @@ from guardserve.service.background import serve_in_background
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need Playwright")
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+sync_api.expect.set_options(timeout=1000 * TIMEOUT)
 
 OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 
@@ -71,7 +73,7 @@ def page(browser: Any) -> Iterator[Any]:
     """Open a page that must not log an error of its own."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(1000 * TIMEOUT)
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: faults.append(message.text) if "Content Security" in message.text else None)
@@ -101,7 +103,7 @@ def test_it_says_what_it_does_not_know_then_that_all_is_well(page: Any) -> None:
         expect(page, "#heat-said").to_contain_text("Distance of each layer from training")
         expect(page, "#traffic-said").to_have_text("No requests yet.")
         send(runtime)
-        expect(page, "#title").to_have_text("Serving normally", timeout=10_000)
+        expect(page, "#title").to_have_text("Serving normally")
         assert page.title() == "● Serving normally - net"
         assert page.locator("#layers [role=option]").all_inner_texts() == ["first", "second"]
         expect(page, "#findings").to_contain_text("No hazard was found")
@@ -114,7 +116,7 @@ def test_a_shift_shows_without_a_reload_with_its_layer_direction_and_time(page: 
         page.goto(f"{url}/ui")
         expect(page, "#title").to_have_text("Serving normally")
         send(runtime, shift=3.0)
-        expect(page, "#title").to_have_text("Shift, strongest at first", timeout=10_000)
+        expect(page, "#title").to_have_text("Shift, strongest at first")
         expect(page, "#since").to_contain_text("Since ")
         expect(page, "#detail").to_contain_text("mean +")
         expect(page, "#layers .lead").to_have_text("first")
@@ -134,7 +136,7 @@ def test_with_a_reference_layers_show_their_evidence(page: Any) -> None:
         page.goto(f"{url}/ui")
         expect(page, "#heat-said").to_contain_text("Evidence of each layer")
         send(runtime, shift=3.0, batches=4)
-        expect(page, "#title").to_have_text("Shift, first seen at first", timeout=10_000)
+        expect(page, "#title").to_have_text("Shift, first seen at first")
         expect(page, "#layers .lead").to_have_text("first")
         evidence = pytest.approx(list(runtime.monitor.verdict().layers.values()), rel=0.01)
         assert max(evidence.expected) > 1
@@ -154,7 +156,7 @@ def test_requests_and_failures_are_counted_and_named(page: Any) -> None:
         for _ in range(5):
             answer = httpx.post(f"{url}/v2/models/net/infer", json={"inputs": [tensor]}, trust_env=False)
             assert answer.status_code == 500
-        expect(page, "#title").to_have_text("Outputs are not numbers", timeout=10_000)
+        expect(page, "#title").to_have_text("Outputs are not numbers")
         expect(page, "#detail").to_contain_text("NaN or infinity")
         expect(page, "#traffic-said").to_contain_text("requests")
         expect(page, "#events").to_contain_text("outputs with NaN or infinity")
@@ -167,10 +169,10 @@ def test_it_tells_when_the_server_is_gone_and_finds_it_again(page: Any) -> None:
         send(runtime)
         page.goto(f"{url}/ui")
         expect(page, "#title").to_have_text("Serving normally")
-    expect(page, "#gone").to_contain_text("Server gone since", timeout=10_000)
+    expect(page, "#gone").to_contain_text("Server gone since")
     assert "server gone" in page.title()
     with served(Net(), port):
-        expect(page, "#gone").to_be_hidden(timeout=20_000)
+        expect(page, "#gone").to_be_hidden()
         expect(page, "#title").to_have_text("Serving, not judged yet")
 
 
@@ -220,7 +222,7 @@ def test_findings_of_the_audit_are_shown(page: Any) -> None:
         page.goto(f"{url}/ui")
         expect(page, "#findings li >> nth=0").to_contain_text(expected[0].code)
         expect(page, "#findings").to_contain_text(expected[0].remedy)
-        expect(page, "#title").to_have_text("Not ready", timeout=10_000)
+        expect(page, "#title").to_have_text("Not ready")
 
 
 def test_every_answer_of_the_page_has_the_security_headers() -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 import httpx
@@ -22,7 +23,7 @@ import torch
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 from served_models import Echo, Two
-from serving import command, free_port, loaded, metric, wait_until
+from serving import TIMEOUT, command, free_port, loaded, metric, wait_until
 from torch import nn
 from tritonclient.grpc import service_pb2
 
@@ -48,7 +49,9 @@ class Faces:
     http: httpx.Client
     address: str
 
-    def call(self, method: str, metadata: Mapping[str, str] | None = None, timeout: float = 20, **fields: Any) -> Any:
+    def call(
+        self, method: str, metadata: Mapping[str, str] | None = None, timeout: float = TIMEOUT, **fields: Any
+    ) -> Any:
         """Make one call with a plain message."""
         with grpc.insecure_channel(self.address) as channel:
             stub = channel.unary_unary(
@@ -74,7 +77,10 @@ def faces(module: nn.Module, *inputs: TensorSpec, access: Access | None = None, 
     runtime = Runtime(loaded(module, *inputs))
     app = create_app(runtime, access=access, limits=Limits(**{"max_body_size": 2**20, **limits}))
     rpc = RpcServer(app, app.gateway, "127.0.0.1", 0, max_message_size=2**20, grace=5)
-    with serve_in_background(app, companion=rpc) as url, httpx.Client(base_url=url, trust_env=False) as client:
+    with (
+        serve_in_background(app, companion=rpc) as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=TIMEOUT) as client,
+    ):
         wait_until(lambda: runtime.failure is None or "failed" in runtime.failure)
         yield Faces(client, f"127.0.0.1:{rpc.port}")
 
@@ -427,7 +433,7 @@ def test_no_call_that_was_accepted_is_lost_when_the_server_stops() -> None:
             message = CLASSES["ModelInferRequest"](**row(77)).SerializeToString()
             while True:
                 try:
-                    stub(message, timeout=20)
+                    stub(message, timeout=TIMEOUT)
                 except grpc.RpcError as error:
                     failed: Any = error
                     assert failed.code() is grpc.StatusCode.UNAVAILABLE, failed
@@ -435,7 +441,7 @@ def test_no_call_that_was_accepted_is_lost_when_the_server_stops() -> None:
                     return
                 answered.append(77)
 
-    with ThreadPoolExecutor(6) as threads:
+    with ThreadPoolExecutor(6) as threads, mock.patch("guardserve.rpc.server.LINGER", 3.0):  # however busy they are
         with faces(gate) as served:
             clients = [threads.submit(hammer, served.address) for _ in range(6)]
             wait_until(lambda: len(answered) > 100)

@@ -106,8 +106,11 @@ class Wire:
         return number
 
 
-def test_a_plain_request_goes_past_asgi_and_is_answered_as_if_it_had_not(short: mock.Mock) -> None:
+def test_a_plain_request_goes_past_asgi_and_is_answered_as_if_it_had_not(
+    short: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same status, headers and body, for good requests and for bad ones, each counted once."""
+    monkeypatch.setattr("guardserve.service.connection.PATIENCE", 20.0)  # the client sends headers and body apart
     runtime = Runtime(loaded(Echo()))
     app = create_app(runtime)
     tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [0.5, 1, 2]}

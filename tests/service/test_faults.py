@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import free_port, is_ready, metric, serving, wait_until
+from serving import TIMEOUT, free_port, is_ready, metric, serving, wait_until
 from torch import nn
 
 from guardserve import ReferenceProfile
@@ -79,7 +79,7 @@ def load(client: httpx.Client, *, right: bool = True) -> Iterator[Counter[int]]:
     numbers = itertools.count(1000)
 
     def ask() -> None:
-        with httpx.Client(base_url=client.base_url, trust_env=False, timeout=20) as mine:
+        with httpx.Client(base_url=client.base_url, trust_env=False, timeout=TIMEOUT) as mine:
             while not stop.is_set():
                 number = float(next(numbers))
                 try:
@@ -153,7 +153,7 @@ def test_a_fault_is_the_answer_of_the_request_that_met_it_and_of_no_other(fault:
         answered = {200: outcomes.total()} | dict.fromkeys(statuses, 5)
         for status, count in answered.items():
             series = f'guardserve_requests_total{{model="net",status="{status}"}}'
-            wait_until(lambda series=series, count=count: metric(client, series) == count, timeout=5)  # type: ignore[misc]
+            wait_until(lambda series=series, count=count: metric(client, series) == count)  # type: ignore[misc]
         assert client.get("/v2/health/ready").status_code == 200
         assert metric(client, 'guardserve_requests_in_flight{model="net"}') == 0
 
@@ -161,10 +161,10 @@ def test_a_fault_is_the_answer_of_the_request_that_met_it_and_of_no_other(fault:
 def test_a_forward_that_hangs_costs_its_batch_and_the_moment_until_another_thread_is_tested() -> None:
     """Its requests are 504, others 503 until the model is ready again; the old thread disturbs nobody when it ends."""
     model = Faulty()
-    with serving(model, forward_timeout=0.5) as client:
+    with serving(model, forward_timeout=1.0) as client:
         with load(client) as outcomes:
             assert client.post(INFER, json=body(HANG)).status_code == 504
-            wait_until(lambda: client.get("/v2/health/ready").status_code == 200, timeout=10)
+            wait_until(lambda: client.get("/v2/health/ready").status_code == 200)
         assert set(outcomes) <= {200, 503, 504}
         assert counted(client) == outcomes.total() + 1
         assert metric(client, 'guardserve_faults_total{kind="hang",model="net"}') == 1
@@ -198,7 +198,7 @@ def test_an_error_of_the_device_that_stays_makes_the_model_unready_for_as_long()
             assert client.get("/v2/health/ready").status_code == 503, "a self-test fails as the requests did"
             assert metric(client, 'guardserve_faults_total{kind="device_error",model="net"}') >= 1
             model.broken = False
-            wait_until(lambda: client.get("/v2/health/ready").status_code == 200, timeout=10)
+            wait_until(lambda: client.get("/v2/health/ready").status_code == 200)
         assert set(outcomes) <= {200, 500, 503}
         assert counted(client) == outcomes.total() + 1
         assert metric(client, 'guardserve_recoveries_total{model="net"}') == 1
@@ -213,12 +213,12 @@ def test_a_known_example_that_is_answered_differently_makes_the_model_unready_un
             assert metric(client, 'guardserve_faults_total{kind="self_test",model="net"}') == 0
         with load(client, right=False) as outcomes:
             nn.init.constant_(model.factor, 2.1)
-            wait_until(lambda: client.get("/v2/health/ready").status_code == 503, timeout=10)
+            wait_until(lambda: client.get("/v2/health/ready").status_code == 503)
             assert "of a known example is not what it was" in client.get("/v2/health/ready").json()["error"]
             assert client.post(INFER, json=body(1.0)).status_code == 503
             assert metric(client, 'guardserve_faults_total{kind="self_test",model="net"}') == 1
             nn.init.constant_(model.factor, 2.0)
-            wait_until(lambda: client.get("/v2/health/ready").status_code == 200, timeout=10)
+            wait_until(lambda: client.get("/v2/health/ready").status_code == 200)
         assert set(outcomes) == {200, 503}
         assert metric(client, 'guardserve_recoveries_total{model="net"}') == 1
         with load(client) as outcomes:
@@ -246,24 +246,26 @@ def test_a_wall_clock_that_jumps_changes_no_deadline_no_state_and_no_rate(monkey
         monkeypatch.setattr(time, "time", Jumping())
         wait_until(lambda: client.get("/ui/state").json()["now"]["headline"]["title"] != "Not ready")
         with load(client) as outcomes:
-            looks = []
-            for _ in range(30):
+            looks: list[float] = []
+
+            def goes_on() -> bool:
                 looks.append(client.get("/ui/state").json()["now"]["at"])
-                time.sleep(0.02)
+                return len(looks) >= 12 and len(set(looks)) > 2
+
+            wait_until(goes_on)
             model.memory = 0
-            wait_until(lambda: client.get("/v2/health/ready").status_code == 503, timeout=5)
+            wait_until(lambda: client.get("/v2/health/ready").status_code == 503)
             model.memory = 1000
-            wait_until(lambda: client.get("/v2/health/ready").status_code == 200, timeout=5)
+            wait_until(lambda: client.get("/v2/health/ready").status_code == 200)
             started = time.monotonic()
             late = client.post(INFER, json=body(HANG, timeout=300_000))
             assert 0.3 <= time.monotonic() - started < 5
             assert "the request's time was over" in late.json()["error"]
-            wait_until(lambda: metric(client, 'guardserve_faults_total{kind="hang",model="net"}') == 1, timeout=5)
+            wait_until(lambda: metric(client, 'guardserve_faults_total{kind="hang",model="net"}') == 1)
             model.go_on.set()
         assert set(outcomes) <= {200, 503, 504}
         assert looks == sorted(looks)
-        assert looks[-1] - looks[0] < 30
-        assert len(set(looks)) > 2, "and it goes on to look"
+        assert looks[-1] - looks[0] < 2 * TIMEOUT
         kinds = {event["kind"] for event in client.get("/ui/state").json()["now"]["events"]}
         assert kinds <= {"ready", "failures", "state", "alarm"}
 
@@ -350,7 +352,7 @@ def test_a_disk_that_is_full_leaves_the_old_state_whole_and_requests_unharmed(tm
             process.send_signal(signal.SIGUSR2)
             wait_until(lambda: state.read_bytes() != saved)
             process.terminate()
-            _, log = process.communicate(timeout=20)
+            _, log = process.communicate(timeout=TIMEOUT)
             assert process.returncode == 0
     finally:
         process.kill()

@@ -23,7 +23,7 @@ import httpx
 import pytest
 import torch
 import tritonclient.http as triton
-from serving import free_port, is_ready, loaded, metric, wait_until
+from serving import TIMEOUT, free_port, is_ready, loaded, metric, wait_until
 from torch import nn
 from tritonclient.utils import InferenceServerException
 
@@ -92,7 +92,7 @@ def serving(
     """Serve a model that can be loaded again; give a client once it is ready or has failed."""
     runtime = Runtime(loaded(first()), **options)
     app = create_app(runtime, load=load, access=access, limits=Limits(max_batch_size=4))
-    with serve_in_background(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+    with serve_in_background(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=TIMEOUT) as client:
         wait_until(functools.partial(settled, runtime))
         del runtime  # a test may want to know who else has it
         yield client
@@ -130,31 +130,36 @@ def test_versions_replace_each_other_under_load_without_a_lost_or_a_mixed_up_ans
     versions = [lambda n=n: Numbered(n, seconds=0.002) for n in (1, 2, 3)]
     with serving(lambda: Numbered(0, seconds=0.002), loader(*versions)) as client:
         stop = threading.Event()
+        answers: list[list[float]] = [[] for _ in range(6)]
 
-        def ask(kept: bool) -> list[float]:
-            answers = []
-            with httpx.Client(base_url=client.base_url, trust_env=False, timeout=30) as mine:
+        def ask(mine: list[float], kept: bool) -> None:
+            with httpx.Client(base_url=client.base_url, trust_env=False, timeout=TIMEOUT) as asking:
                 while not stop.is_set():
                     headers = {} if kept else {"Connection": "close"}
-                    answers.append(number(mine.post(INFER, json=body(), headers=headers)))
-            return answers
+                    mine.append(number(asking.post(INFER, json=body(), headers=headers)))
+
+        def answered(version: float) -> bool:
+            return all(each[-1:] == [version] for each in answers)
 
         with ThreadPoolExecutor(6) as threads:
-            asking = [threads.submit(ask, i % 2 == 0) for i in range(6)]
-            before = counted(client)
-            for _ in versions:
-                time.sleep(0.3)
-                answer = client.post(LOAD, json={})
-                assert answer.status_code == 200, answer.text
-                after = counted(client)
-                assert all(after[name] >= value for name, value in before.items())
-                before = after
-            time.sleep(0.3)
-            stop.set()
-            answers = [done.result() for done in asking]
+            try:
+                asking = [threads.submit(ask, mine, i % 2 == 0) for i, mine in enumerate(answers)]
+                before = counted(client)
+                for version, _ in enumerate(versions):
+                    wait_until(lambda version=version: answered(version))  # type: ignore[misc]
+                    answer = client.post(LOAD, json={})
+                    assert answer.status_code == 200, answer.text
+                    after = counted(client)
+                    assert all(after[name] >= value for name, value in before.items())
+                    before = after
+                wait_until(lambda: answered(len(versions)))
+            finally:
+                stop.set()
+            for done in asking:
+                done.result()
         for each in answers:
             assert each == sorted(each)
-        assert {value for each in answers for value in each} == {0, 1, 2, 3}
+            assert set(each) == {0, 1, 2, 3}
         total = sum(map(len, answers))
         wait_until(lambda: metric(client, 'guardserve_samples_total{model="net"}') == total)
         assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == total
@@ -171,16 +176,16 @@ def test_what_was_accepted_is_answered_by_its_version_which_is_then_freed() -> N
     try:
         with serving(models.pop, loader(lambda: Numbered(1))) as client, ThreadPoolExecutor(1) as thread:
             old = thread.submit(client.post, INFER, json=body(77))
-            assert waiting.wait(10)
+            assert waiting.wait(TIMEOUT)
             assert client.post(LOAD).status_code == 200
             assert number(client.post(INFER, json=body())) == 1
             assert model() is not None
             assert metric(client, 'guardserve_requests_in_flight{model="net"}') == 1
             gate.set()
             assert number(old.result()) == 0
-            wait_until(lambda: model() is None, timeout=10)
+            wait_until(lambda: model() is None)
             wait_until(lambda: metric(client, 'guardserve_samples_total{model="net"}') == 2)
-            wait_until(lambda: alone(others), timeout=10)
+            wait_until(lambda: alone(others))
     finally:
         gc.unfreeze()
 
@@ -237,7 +242,7 @@ def test_a_version_that_is_wrong_is_refused_with_the_reason_and_the_old_one_goes
         assert number(client.post(INFER, json=body())) == 0
         assert metric(client, 'guardserve_reloads_total{model="net",outcome="failed"}') == 1
         assert metric(client, 'guardserve_samples_total{model="net"}') == 2
-        wait_until(lambda: alone(others), timeout=10)
+        wait_until(lambda: alone(others))
         assert client.post(LOAD).status_code == 200, "the next one may be right"
         assert number(client.post(INFER, json=body())) == 1
 
@@ -264,8 +269,8 @@ def test_while_one_version_is_loaded_another_is_refused_with_409_and_a_stop_does
 
     with ThreadPoolExecutor(1) as thread:
         with serving(lambda: Numbered(0), load) as client:
-            first = thread.submit(httpx.post, f"{client.base_url}{LOAD}", trust_env=False, timeout=30)
-            assert began.wait(10)
+            first = thread.submit(httpx.post, f"{client.base_url}{LOAD}", trust_env=False, timeout=TIMEOUT)
+            assert began.wait(TIMEOUT)
             answer = client.post(LOAD)
             assert answer.status_code == 409
             assert "being loaded already" in answer.json()["error"]
@@ -304,13 +309,13 @@ def test_a_request_for_a_version_that_goes_while_its_body_comes_is_not_answered_
         def slowly() -> Iterator[bytes]:
             yield content[:10]
             begun.set()
-            sent.wait(10)
+            sent.wait(TIMEOUT)
             yield content[10:]
 
         with ThreadPoolExecutor(1) as thread:
             late = thread.submit(client.post, f"/v2/models/net/versions/{old}/infer", content=slowly())
-            assert begun.wait(10)
-            assert httpx.post(f"{client.base_url}{LOAD}", trust_env=False).status_code == 200
+            assert begun.wait(TIMEOUT)
+            assert httpx.post(f"{client.base_url}{LOAD}", trust_env=False, timeout=TIMEOUT).status_code == 200
             sent.set()
             assert late.result().status_code == 404
             assert "served no more" in late.result().json()["error"]
@@ -404,7 +409,7 @@ def test_alarms_that_a_detector_takes_over_are_counted_once(tmp_path: Path) -> N
         assert metric(client, alarms) == 1
         assert metric(client, 'guardserve_shift_state{model="net",state="shifted"}') == 1
         assert metric(client, 'guardserve_shift_p_value_count{model="net"}') == 12
-        wait_until(lambda: alone(others), timeout=10)
+        wait_until(lambda: alone(others))
         assert metric(client, alarms) == 1
         client.post(INFER, json=odd)
         assert metric(client, 'guardserve_samples_total{model="net"}') == 16
@@ -465,7 +470,7 @@ def command(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[by
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: process.poll() is not None or is_ready(url))
-        with httpx.Client(base_url=url, trust_env=False) as client:
+        with httpx.Client(base_url=url, trust_env=False, timeout=TIMEOUT) as client:
             yield process, client
     finally:
         process.kill()
