@@ -77,7 +77,9 @@ def test_a_state_dict_is_refused_with_the_remedy(tmp_path: Path) -> None:
 def test_serve_stops_on_sigterm_and_frees_its_port() -> None:
     """The process serves, answers, and ends by itself when told to."""
     port = free_port()
-    process = subprocess.Popen([PROGRAM, "serve", "demo", "--port", str(port), "--log-level", "error"])
+    process = subprocess.Popen(
+        [PROGRAM, "serve", "demo", "--port", str(port), "--log-level", "error", "--drain-delay", "0"]
+    )
     try:
         wait_until(lambda: is_ready(f"http://127.0.0.1:{port}"))
         assert httpx.get(f"http://127.0.0.1:{port}/v2").json()["name"] == "guardserve"

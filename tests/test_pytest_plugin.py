@@ -36,11 +36,12 @@ MODELS = """
 """
 
 
-def run(pytester: pytest.Pytester, test: str) -> pytest.RunResult:
-    """Run a test file beside the models in a pytest of its own."""
+def run(pytester: pytest.Pytester, test: str, *, apart: bool = False) -> pytest.RunResult:
+    """Run a test file beside the models in a pytest of its own, which may be in a process of its own."""
     pytester.makepyfile(shop=MODELS)
     pytester.makepyfile(test_shop=test)
-    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "--strict-markers")
+    start = pytester.runpytest_subprocess if apart else pytester.runpytest_inprocess
+    return start("-p", "no:cacheprovider", "--strict-markers")
 
 
 def test_one_line_checks_a_model(pytester: pytest.Pytester) -> None:
@@ -60,6 +61,7 @@ def test_one_line_checks_a_model(pytester: pytest.Pytester) -> None:
         @pytest.mark.guardserve(shop.good(), shop.good.example_input, sizes=(1, 3))
         def test_by_module(): ...
         """,
+        apart=True,
     )
     result.assert_outcomes(passed=3)
 

@@ -59,6 +59,12 @@ def served(
         yield url, runtime
 
 
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what the server sees shown soon."""
+    monkeypatch.setattr("guardserve.watch.LOOK_INTERVAL", 0.2)
+
+
 @pytest.fixture(scope="module")
 def browser(require_program: Callable[[str], str]) -> Iterator[Any]:
     """Start Chromium."""

@@ -12,10 +12,12 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from serving import command, loaded, metric, wait_until
 from torch import nn
 
 from guardserve import ReferenceProfile
+from guardserve.cli import main
 from guardserve.demo.digits import SHIFTS, Digits, load_digits
 from guardserve.loading import load_model
 from guardserve.runtime import Runtime
@@ -171,9 +173,10 @@ def test_the_command_keeps_its_state_over_a_restart_and_refuses_a_damaged_one(di
     profile = ReferenceProfile.fit(load_model("demo").module, torch.split(digits.reference.images, 50), target_arl=1000)
     profile.save(tmp_path / "profile")
     options = ["serve", "demo", "--reference", str(tmp_path / "profile"), "--state", str(tmp_path / "state")]
-    options += ["--target-arl", "1000", "--shift-policy", "flag", "--monitor-budget", "0.1"]
-    with pytest.raises(RuntimeError, match="status 1"), command(*options):
-        pass  # 451 samples give no p-value as small as the default threshold
+    options += ["--target-arl", "1000", "--shift-policy", "flag", "--monitor-budget", "0.1", "--drain-delay", "0"]
+    refused = CliRunner().invoke(main, options)
+    assert refused.exit_code == 1
+    assert "451 reference samples give p-values from 0.0022 on" in refused.output
     options += ["--shift-p-threshold", "0.005"]
     odd = SHIFTS["inverted"](digits.live.images[:8])
     tensor = {"name": "image", "shape": [8, 1, 8, 8], "datatype": "FP32", "data": odd.flatten().tolist()}
@@ -186,5 +189,6 @@ def test_the_command_keeps_its_state_over_a_restart_and_refuses_a_damaged_one(di
     with command(*options) as url, httpx.Client(base_url=url, trust_env=False) as client:
         wait_until(lambda: metric(client, alarms) == 1)
     (tmp_path / "state").write_bytes(b"nothing of the kind")
-    with pytest.raises(RuntimeError, match="status 1"), command(*options):
-        pass
+    refused = CliRunner().invoke(main, options)
+    assert refused.exit_code == 1
+    assert "remove it to begin anew" in refused.output
