@@ -19,9 +19,11 @@
 
 # pip's cache is a mount of the build, in no layer:
 # hadolint global ignore=DL3042
-ARG PYTHON=3.11-slim-bookworm
+ARG PYTHON=3.11
+ARG DEBIAN=bookworm
 
-FROM python:${PYTHON} AS build
+# not the slim one: a part of guardserve is compiled
+FROM python:${PYTHON}-${DEBIAN} AS build
 ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 RUN python -m venv --without-pip /venv
@@ -39,7 +41,7 @@ RUN --mount=type=cache,target=/var/cache/pip --mount=type=secret,id=pip,target=/
     pip --python /venv/bin/python install --constraint constraints.txt torch \
     || { echo "No torch for TORCH_BUILD=${TORCH_BUILD}: see the top of the Dockerfile for the index it needs" >&2; exit 1; }
 
-COPY pyproject.toml ./
+COPY pyproject.toml setup.py ./
 RUN --mount=type=cache,target=/var/cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
       > requirements.txt \
@@ -51,7 +53,7 @@ RUN --mount=type=cache,target=/var/cache/pip --mount=type=secret,id=pip,target=/
     pip --python /venv/bin/python install --no-deps --prefix /package .
 
 
-FROM python:${PYTHON}
+FROM python:${PYTHON}-slim-${DEBIAN}
 LABEL org.opencontainers.image.title="guardserve" \
       org.opencontainers.image.description="Serves a PyTorch model with BatchNorm under guard, and watches it." \
       org.opencontainers.image.licenses="Apache-2.0"

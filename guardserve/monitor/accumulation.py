@@ -66,19 +66,14 @@ class Scale:
         self._squared_scale = np.square(self._scale)
         location = location.where(known, 0.0)
         anchor = torch.cat([point.anchor.double().cpu() for point in points])
-        self._offsets = (anchor - location).numpy(), -location.numpy()
+        self._offset = (anchor - location).numpy()
 
     def is_current(self) -> bool:
         """Tell whether the layers still have the constants that it was made from."""
         return same_constants(self._constants, constants_of(self._points))
 
-    def moments(self, rows: Sequence[Rows], *, anchored: bool = True) -> RouteMoments:
-        """Standardise and summarise rows; values that are not finite, nor their squares, are left out of their channel.
-
-        Args:
-            rows: The rows.
-            anchored: Whether the anchor was taken off them.
-        """
+    def moments(self, rows: Sequence[Rows]) -> RouteMoments:
+        """Standardise and summarise rows; values that are not finite, or their squares, are left out of a channel."""
         samples = sum(len(part.mean) for part in rows)
         bad = np.zeros(len(self.ends), np.int64)
         with np.errstate(invalid="ignore", over="ignore"):
@@ -89,7 +84,7 @@ class Scale:
                 sums = _sums_without(rows, finite)
         # few operations: each hands the interpreter over to the forwards, and asks for it again
         count, (mean, squares, within) = self._known * sums.number, sums[1:]
-        mean += self._offsets[not anchored]
+        mean += self._offset
         mean *= np.greater(sums.number, 0)
         mean /= self._scale
         squares /= self._squared_scale
@@ -206,17 +201,11 @@ class Scales:
         """Take one layer out of what a route has accumulated."""
         return self._scales[route].layer(position, seen)
 
-    def routes(self, record: Record) -> list[tuple[tuple[int, ...], bool, Rows]]:
-        """Divide a forward up into routes, and tell whether the anchor is off their rows.
-
-        There is one route, unless the forward ran a layer twice or it is one way too many.
-        """
+    def routes(self, record: Record) -> list[tuple[tuple[int, ...], Rows]]:
+        """Divide a forward up into routes: one, unless the forward ran a layer twice or it is one way too many."""
         if record.whole and (record.route in self._scales or len(self._scales) < ROUTES):
-            inputs = record.inputs()
-            if inputs is not None:
-                return [(record.route, False, Rows(inputs, None))]
-            return [(record.route, True, record.rows())]
-        return [((index,), True, rows) for index, rows in record.parts()]
+            return [(record.route, record.rows())]
+        return [((index,), rows) for index, rows in record.parts()]
 
 
 @dataclass
@@ -239,17 +228,17 @@ class Seen:
     def of(cls, records: Sequence[Record], scales: Scales) -> Seen:
         """Summarise what some forwards showed."""
         seen = cls(ended=time.monotonic())
-        found: dict[tuple[tuple[int, ...], bool], list[Rows]] = {}
+        found: dict[tuple[int, ...], list[Rows]] = {}
         for record in records:
             if record.samples is None:
                 seen.parts.update({record.readings[0].index: record.count})
             else:
                 seen.whole += record.samples
-            for route, anchored, rows in scales.routes(record):
-                found.setdefault((route, anchored), []).append(rows)
-        for (route, anchored), several in found.items():
+            for route, rows in scales.routes(record):
+                found.setdefault(route, []).append(rows)
+        for route, several in found.items():
             if scales.readable(route):
-                seen.add(route, scales[route].moments(several, anchored=anchored))
+                seen.add(route, scales[route].moments(several))
         return seen
 
     @property

@@ -31,7 +31,7 @@ from guardserve.monitor.worker import Worker
 from guardserve.observation.budget import Budget
 from guardserve.observation.features import FeatureReader
 from guardserve.observation.reading import VALUES
-from guardserve.observation.record import Record, sum_up
+from guardserve.observation.record import Record
 from guardserve.observation.taps import Taps
 
 _log = logging.getLogger(__name__)
@@ -494,7 +494,6 @@ class Monitor:
     def _merge(self, batch: list[Record]) -> None:
         for record in batch:
             self._budget.see(record)
-        sum_up(batch)
         new = Seen.of(batch, self._scales)
         self._judge(batch)
         if self._lesson is not None:

@@ -178,6 +178,8 @@ class Plan:
         size: Size of what is read, ``(N, C, *positions)``, if its cells are of the same size.
         step: How far the position that chooses the cell moves from turn to turn.
         uniform: Whether its cells are of the same size.
+        turns: Whether there is more than one.
+        strips: Where strips of positions begin in a uniform cell, int64, their length, and their step.
     """
 
     def __init__(
@@ -209,30 +211,48 @@ class Plan:
         self.size = (*self._size, *[len(axis.parts[0]) for axis in self.parts])
         self._row = self._find_row() if self.uniform else 1
         self._apart = self._find_distance()
+        self.turns = any(len(axis.parts) > 1 for axis in self.parts)
+        self.strips = self._find_strips()
         self._cells: dict[int, tuple[Cell, ...]] = {}
-        self._turned: dict[int, tuple[Cell, ...]] = {}
+        self._starts: dict[int, bytes] = {}
+        self._turned: dict[int, bytes] = {}
 
     def cells(self, turn: int) -> tuple[Cell, ...]:
         """Return what is read in a forward, all samples in order: cells from that of some position on."""
-        positions = max(1, self.positions)
-        remainder = turn % positions
-        known = self._turned.get(remainder)
-        if known is not None:
-            return known
-        place = remainder * self.step % positions
-        index = 0
-        for size, count, part_of in self._axes:
-            place, i = divmod(place, size)
-            index = index * count + part_of[i]
+        index = self._index(turn)
         cells = self._cells.get(index)
         if cells is None:
             if len(self._cells) >= _KEPT_CELLS:
                 self._cells.clear()
             cells = self._cells[index] = tuple(self._make(index))
+        return cells
+
+    def starts(self, turn: int) -> bytes:
+        """Return where each sample's cell begins in a forward, int64, in values from the activation's first."""
+        turn %= max(1, self.positions)
+        starts = self._turned.get(turn)
+        if starts is not None:
+            return starts
+        index = self._index(turn)
+        starts = self._starts.get(index)
+        if starts is None:
+            if len(self._starts) >= _KEPT_CELLS:
+                self._starts.clear()
+            offsets = [cell.offset + np.add.outer(*_steps(cell)) for cell in self.cells(turn)]
+            starts = self._starts[index] = np.concatenate([offset.ravel() for offset in offsets]).tobytes()
         if len(self._turned) >= _KEPT_TURNS:
             self._turned.clear()
-        self._turned[remainder] = cells
-        return cells
+        self._turned[turn] = starts
+        return starts
+
+    def _index(self, turn: int) -> int:
+        """Return which cell is the first sample's in a forward."""
+        positions = max(1, self.positions)
+        place, index = turn % positions * self.step % positions, 0
+        for size, count, part_of in self._axes:
+            place, i = divmod(place, size)
+            index = index * count + part_of[i]
+        return index
 
     def count(self, turn: int = 0) -> int:
         """Return how many positions of each sample are read in a forward."""
@@ -246,6 +266,15 @@ class Plan:
         if len(self.parts) > 1 and self._strides[-2] == self._strides[-1] * len(self.parts[-1].part_of):
             row *= len(self.parts[-2].parts)
         return row
+
+    def _find_strips(self) -> tuple[bytes, int, int]:
+        """Return where strips of positions begin in a uniform cell, int64, their length, and their step."""
+        _, size, stride = self._view(0)
+        *others, (length, step) = _merged(zip(size, stride, strict=True))
+        starts = np.zeros(1, np.int64)
+        for count, apart in others:
+            starts = np.add.outer(starts, np.arange(count) * apart).ravel()
+        return starts.tobytes(), length, step
 
     def _find_distance(self) -> int:
         """Return how many cells on in the row the next sample reads: together, they spread over it and its columns."""
@@ -298,6 +327,24 @@ class Plan:
         offset = sum(part.start * step for part, step in zip(chosen, self._strides, strict=True))
         stride = tuple(part.step * step for part, step in zip(chosen, self._strides, strict=True))
         return offset, tuple(len(part) for part in chosen), stride
+
+
+def _steps(cell: Cell) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return how far the samples of a cell are from its first, by round and within it."""
+    rounds, count = (1, cell.size[0]) if cell.rounds is None else cell.size[:2]
+    return np.arange(rounds) * cell.stride[0], np.arange(count) * cell.stride[cell.rounds is not None]
+
+
+def _merged(axes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Take axes of positions, each a size and a stride, together where one goes on where the next one ends."""
+    merged = [(1, 1)]
+    for size, stride in axes:
+        before, far = merged[-1]
+        if size != 1 and before != 1 and far != size * stride:
+            merged.append((size, stride))
+        elif size != 1:
+            merged[-1] = (before * size, stride)
+    return merged
 
 
 @lru_cache(maxsize=256)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from guardserve.observation import sheets
 from guardserve.observation.keys import Keys
 from guardserve.observation.reading import Reading, Rows, Scratch, side_by_side
 from guardserve.observation.sheets import Sheet
-from guardserve.observation.workspace import Layout, Place, Slot
+from guardserve.observation.workspace import Layout, Place
+
+if TYPE_CHECKING:
+    from guardserve.observation.native import Slot
 
 _CHANNELS = 2**13
 """What a model is taken to have, where nobody has counted."""
@@ -94,21 +94,14 @@ class Record:
         if rows is None:
             if self.ready is not None:
                 self.ready.synchronize()
-            if self.sheet is None:
-                rows = side_by_side(self.readings)
-            else:
-                ((_, rows),) = sheets.sum_up([self.sheet])
+            rows = side_by_side(self.readings) if self.sheet is None else self.sheet.rows()
             self.take(rows)
         return rows
 
     def take(self, rows: Rows) -> None:
-        """Take what it wrote down, summed up."""
+        """Take what all layers showed."""
         self._rows = rows
         self._give_back()
-
-    def inputs(self) -> npt.NDArray[np.float32] | None:
-        """Return what entered the layers, ``(N, sum of C)``, if each has one position and nothing was summed up yet."""
-        return None if self.sheet is None else self.sheet.inputs()
 
     def rows_of(self, readings: list[Reading]) -> Rows:
         """Return some of its readings, with equally many samples, as arrays side by side."""
@@ -134,8 +127,7 @@ class Record:
                 return
             if self.taken:  # it took another way
                 taken = {i for i, slot in enumerate(self.slots) if slot is not None and slot.turn == self.turn}
-                ((_, rows),) = sheets.sum_up([sheet])
-                parts = [part for part in workspace.parts(rows) if part[0] in taken]
+                parts = [part for part in workspace.parts(sheet.rows()) if part[0] in taken]
                 self.readings += [Reading.of(index, rows) for index, rows in parts]
             self._give_back()
         self._compact()
@@ -160,13 +152,3 @@ class Record:
     def __del__(self) -> None:
         """Give memory back that nobody asked for what is in it."""
         self._give_back()
-
-
-def sum_up(records: Iterable[Record]) -> None:
-    """Sum up what forwards have written down and not summed up yet: those that are laid out alike together.
-
-    Where layers have one position there is next to nothing to sum up: see :meth:`Record.inputs`.
-    """
-    waiting = {record.sheet: record for record in records if record.sheet is not None}
-    for sheet, rows in sheets.sum_up([sheet for sheet in waiting if not sheet.workspace.flat]):
-        waiting[sheet].take(rows)

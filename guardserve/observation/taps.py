@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -40,8 +40,11 @@ from guardserve.observation.keys import sample_keys
 from guardserve.observation.reading import VALUES, Plan, Reading, Scratch, plan_for, read
 from guardserve.observation.record import Record
 from guardserve.observation.sheets import Sheets
-from guardserve.observation.workspace import Place, Slot, Workspace, fits
+from guardserve.observation.workspace import NATIVE, Place, Workspace, fits
 from guardserve.tracing import this_thread
+
+if TYPE_CHECKING:
+    from guardserve.observation.native import Slot
 
 TIMED = 16
 """One forward in so many is timed."""
@@ -145,6 +148,8 @@ class Taps:
         self._taps: list[_Tap] = []
         self._handles: list[Any] = []
         self._marks: GraphMarks | None = None
+        if not NATIVE:
+            _log.info("monitoring takes longer than need be: install guardserve again where there is a C compiler")
         try:
             self._attach(model)
         except BaseException:

@@ -1,0 +1,330 @@
+/* What one layer of a forward shows, summed up where it is, in one pass: the hot path of the monitor.
+ *
+ * torch's own operations would take several of them, each tens of microseconds between the layers of a model, where
+ * caches hold other things. Sums are taken in float64: exact enough for any mean, and memory is what takes the time.
+ */
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <structmember.h>
+
+/* glibc chooses among these when the module is loaded */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+
+#define CHANNELS_AT_ONCE 128 /* their sums stay in the first cache */
+#define LONG (1 << 18)       /* values from which on other threads may run meanwhile */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *shape, *stride, *strips, *starts, *memory;
+    const int64_t *strip;
+    const float *anchor;
+    float *mean, *variance;
+    int64_t samples, channels, apart, count, length, step, row;
+    long long turn;
+} Slot;
+
+static PyObject *Tensor, *dtypes[3], *name_shape, *name_stride, *name_dtype, *name_is_cpu, *name_is_neg, *name_data_ptr;
+
+static inline float from_float(float value) { return value; }
+
+static inline float from_bfloat16(uint16_t value)
+{
+    union { uint32_t bits; float value; } wide = {(uint32_t)value << 16};
+    return wide.value;
+}
+
+static inline float from_half(uint16_t value)
+{
+    /* shifted into place its exponent is 112 too low, which a product mends, subnormal numbers included */
+    union { uint32_t bits; float value; } wide = {(uint32_t)(value & 0x7fff) << 13}, scale = {0x77800000};
+    wide.value *= scale.value;
+    if ((value & 0x7c00) == 0x7c00)
+        wide.bits |= 0x7f800000;
+    wide.bits |= (uint32_t)(value & 0x8000) << 16;
+    return wide.value;
+}
+
+/* Sums are of deviations from a channel's first value, which is near enough to the mean for the variance to be exact. */
+static void finish(const Slot *slot, int64_t channel, double first, double sum, double squares, float *mean,
+                   float *variance)
+{
+    double average = sum / slot->count, spread = squares / slot->count - average * average;
+    mean[channel] = (float)(first - slot->anchor[channel] + average);
+    if (variance)
+        variance[channel] = spread < 0 ? 0 : (float)spread;
+}
+
+/* Sums up one sample: with channels side by side in memory, or with positions so. */
+#define DEFINE_SUMS(TYPE, LOAD)                                                                                        \
+    FOR_EACH_PROCESSOR static void channels_##LOAD(const Slot *slot, const TYPE *x, float *mean, float *variance)      \
+    {                                                                                                                  \
+        double origin[CHANNELS_AT_ONCE], sum[CHANNELS_AT_ONCE], squares[CHANNELS_AT_ONCE];                             \
+        for (int64_t first = 0; first < slot->channels; first += CHANNELS_AT_ONCE) {                                   \
+            int64_t left = slot->channels - first, width = left < CHANNELS_AT_ONCE ? left : CHANNELS_AT_ONCE;          \
+            const TYPE *begin = x + *slot->strip + first;                                                              \
+            for (int64_t c = 0; c < width; c++) {                                                                      \
+                origin[c] = LOAD(begin[c]);                                                                            \
+                sum[c] = squares[c] = 0;                                                                               \
+            }                                                                                                          \
+            for (const int64_t *strip = slot->strip; strip < slot->strip + slot->count / slot->length; strip++)        \
+                for (int64_t i = 0; i < slot->length; i++) {                                                           \
+                    const TYPE *here = x + *strip + i * slot->step + first;                                            \
+                    for (int64_t c = 0; c < width; c++) {                                                              \
+                        double deviation = LOAD(here[c]) - origin[c];                                                  \
+                        sum[c] += deviation;                                                                           \
+                        squares[c] += deviation * deviation;                                                           \
+                    }                                                                                                  \
+                }                                                                                                      \
+            for (int64_t c = 0; c < width; c++)                                                                        \
+                finish(slot, first + c, origin[c], sum[c], squares[c], mean, variance);                                \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    FOR_EACH_PROCESSOR static void positions_##LOAD(const Slot *slot, const TYPE *x, float *mean, float *variance)     \
+    {                                                                                                                  \
+        for (int64_t c = 0; c < slot->channels; c++, x += slot->apart) {                                               \
+            double origin = LOAD(x[*slot->strip]), sum = 0, squares = 0;                                               \
+            for (const int64_t *strip = slot->strip; strip < slot->strip + slot->count / slot->length; strip++) {      \
+                const TYPE *here = x + *strip;                                                                         \
+                _Pragma("omp simd reduction(+ : sum, squares)")                                                        \
+                for (int64_t i = 0; i < slot->length; i++) {                                                           \
+                    double deviation = LOAD(here[i * slot->step]) - origin;                                            \
+                    sum += deviation;                                                                                  \
+                    squares += deviation * deviation;                                                                  \
+                }                                                                                                      \
+            }                                                                                                          \
+            finish(slot, c, origin, sum, squares, mean, variance);                                                     \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    static void samples_##LOAD(const Slot *slot, const TYPE *x, const int64_t *starts)                                 \
+    {                                                                                                                  \
+        for (int64_t n = 0; n < slot->samples; n++) {                                                                  \
+            float *mean = slot->mean + n * slot->row;                                                                  \
+            float *variance = slot->variance ? slot->variance + n * slot->row : NULL;                                  \
+            (slot->apart == 1 ? channels_##LOAD : positions_##LOAD)(slot, x + starts[n], mean, variance);              \
+        }                                                                                                              \
+    }
+
+DEFINE_SUMS(float, from_float)
+DEFINE_SUMS(uint16_t, from_bfloat16)
+DEFINE_SUMS(uint16_t, from_half)
+
+/* Tells whether an attribute is a given object, or what a method returns equals it; -1 on an error. */
+static int is(PyObject *x, PyObject *name, PyObject *expected)
+{
+    PyObject *found = PyObject_GetAttr(x, name);
+    Py_XDECREF(found); /* a singleton */
+    return found ? found == expected : -1;
+}
+
+static int equals(PyObject *found, PyObject *expected)
+{
+    int equal = found ? PyObject_RichCompareBool(found, expected, Py_EQ) : -1;
+    Py_XDECREF(found);
+    return equal;
+}
+
+/* Tells whether the slot takes a tensor, and of which kind its values are; -1 on an error. */
+static int fits(const Slot *slot, PyObject *x, int *kind)
+{
+    if ((PyObject *)Py_TYPE(x) != Tensor)
+        return 0;
+    PyObject *dtype = PyObject_GetAttr(x, name_dtype);
+    Py_XDECREF(dtype);
+    if (!dtype)
+        return -1;
+    for (*kind = 0; *kind < 3 && dtypes[*kind] != dtype; ++*kind)
+        ;
+    int fit = *kind < 3;
+    if (fit > 0)
+        fit = equals(PyObject_GetAttr(x, name_shape), slot->shape);
+    if (fit > 0)
+        fit = is(x, name_is_cpu, Py_True);
+    if (fit > 0)
+        fit = equals(PyObject_CallMethodObjArgs(x, name_stride, NULL), slot->stride);
+    if (fit > 0)
+        fit = equals(PyObject_CallMethodObjArgs(x, name_is_neg, NULL), Py_False);
+    return fit;
+}
+
+static PyObject *Slot_take(Slot *slot, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "take() takes a tensor and a turn");
+        return NULL;
+    }
+    long long turn = PyLong_AsLongLong(arguments[1]);
+    if (turn == -1 && PyErr_Occurred())
+        return NULL;
+    int kind = 0, fit = turn == slot->turn ? 0 : fits(slot, arguments[0], &kind);
+    if (fit <= 0)
+        return fit ? NULL : PyBool_FromLong(0);
+    PyObject *address = PyObject_CallMethodObjArgs(arguments[0], name_data_ptr, NULL);
+    const void *x = address ? PyLong_AsVoidPtr(address) : NULL;
+    Py_XDECREF(address);
+    if (PyErr_Occurred())
+        return NULL;
+    const int64_t *starts = (const int64_t *)PyBytes_AsString(slot->starts);
+    PyThreadState *state = slot->samples * slot->channels * slot->count >= LONG ? PyEval_SaveThread() : NULL;
+    if (kind == 0)
+        samples_from_float(slot, x, starts);
+    else if (kind == 1)
+        samples_from_bfloat16(slot, x, starts);
+    else
+        samples_from_half(slot, x, starts);
+    if (state)
+        PyEval_RestoreThread(state);
+    slot->turn = turn;
+    return PyBool_FromLong(1);
+}
+
+static int set_starts(Slot *slot, PyObject *starts, void *closure)
+{
+    (void)closure;
+    if (!starts || !PyBytes_Check(starts) || PyBytes_Size(starts) != slot->samples * (Py_ssize_t)sizeof(int64_t)) {
+        PyErr_SetString(PyExc_ValueError, "starts has to be the bytes of one int64 for each sample");
+        return -1;
+    }
+    Py_INCREF(starts);
+    Py_XDECREF(slot->starts);
+    slot->starts = starts;
+    return 0;
+}
+
+static PyObject *get_starts(Slot *slot, void *closure)
+{
+    (void)closure;
+    Py_INCREF(slot->starts);
+    return slot->starts;
+}
+
+static int Slot_init(Slot *slot, PyObject *arguments, PyObject *keywords)
+{
+    static char *names[] = {"shape", "stride", "starts",  "strips", "length",   "step", "apart",
+                            "samples", "anchor", "channels", "mean", "variance", "row",  "memory", NULL};
+    PyObject *shape, *stride, *starts, *strips, *memory;
+    long long length, step, apart, samples, channels, row;
+    unsigned long long anchor, mean, variance;
+    if (slot->memory) {
+        PyErr_SetString(PyExc_TypeError, "a slot is made once");
+        return -1;
+    }
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OOOSLLLLKLKKLO", names, &shape, &stride, &starts, &strips,
+                                     &length, &step, &apart, &samples, &anchor, &channels, &mean, &variance, &row,
+                                     &memory))
+        return -1;
+    slot->samples = samples;
+    if (set_starts(slot, starts, NULL) < 0)
+        return -1;
+    slot->channels = channels;
+    slot->apart = apart;
+    slot->length = length;
+    slot->step = step;
+    slot->count = length * (PyBytes_Size(strips) / (Py_ssize_t)sizeof(int64_t));
+    slot->row = row;
+    slot->strip = (const int64_t *)PyBytes_AsString(strips);
+    slot->anchor = (const float *)(uintptr_t)anchor;
+    slot->mean = (float *)(uintptr_t)mean;
+    slot->variance = (float *)(uintptr_t)variance;
+    slot->turn = -1;
+    Py_INCREF(shape);
+    Py_INCREF(stride);
+    Py_INCREF(strips);
+    Py_INCREF(memory);
+    slot->shape = shape;
+    slot->stride = stride;
+    slot->strips = strips;
+    slot->memory = memory;
+    return 0;
+}
+
+static void Slot_dealloc(Slot *slot)
+{
+    PyTypeObject *type = Py_TYPE(slot);
+    Py_XDECREF(slot->shape);
+    Py_XDECREF(slot->stride);
+    Py_XDECREF(slot->strips);
+    Py_XDECREF(slot->starts);
+    Py_XDECREF(slot->memory);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(slot);
+    Py_DECREF(type);
+}
+
+static const char Slot_doc[] =
+    "Where a layer of a forward writes down what it shows.\n\n"
+    "Args:\n"
+    "    shape: Shape of the activations that it takes.\n"
+    "    stride: Their strides.\n"
+    "    starts: Where each sample's positions begin, N int64, in values from the activation's first.\n"
+    "    strips: Where strips of positions begin behind that, likewise, the first at 0.\n"
+    "    length: Positions of each strip.\n"
+    "    step: How far they are from each other.\n"
+    "    apart: How far channels are.\n"
+    "    samples: N.\n"
+    "    anchor: Address of what is taken off, C values of float32.\n"
+    "    channels: C.\n"
+    "    mean: Address of where the first sample's means over positions go, float32.\n"
+    "    variance: Likewise of the variances; 0 for none.\n"
+    "    row: How far behind these the next sample's are.\n"
+    "    memory: What the addresses are of, to keep.\n\n"
+    "Attributes:\n"
+    "    starts: See above; others may take their place.\n"
+    "    turn: The forward that it has last taken something of; -1 before the first.\n";
+
+static const char take_doc[] =
+    "Sum up what an activation shows in a forward; tell whether it was one that this takes, and the first of it.";
+
+static PyMethodDef Slot_methods[] = {
+    {"take", (PyCFunction)(void (*)(void))Slot_take, METH_FASTCALL, take_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef Slot_members[] = {
+    {"turn", T_LONGLONG, offsetof(Slot, turn), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef Slot_properties[] = {
+    {"starts", (getter)get_starts, (setter)set_starts, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot Slot_slots[] = {
+    {Py_tp_init, Slot_init},       {Py_tp_dealloc, Slot_dealloc},     {Py_tp_methods, Slot_methods},
+    {Py_tp_members, Slot_members}, {Py_tp_getset, Slot_properties},   {Py_tp_doc, (void *)Slot_doc},
+    {0, NULL},
+};
+
+static PyType_Spec Slot_spec = {"guardserve.observation.native.Slot", sizeof(Slot), 0, Py_TPFLAGS_DEFAULT, Slot_slots};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "guardserve.observation.native", NULL, -1,
+                                        NULL, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit_native(void)
+{
+    static const char *dtype_names[3] = {"float32", "bfloat16", "float16"};
+    PyObject *torch = PyImport_ImportModule("torch");
+    if (!torch)
+        return NULL;
+    Tensor = PyObject_GetAttrString(torch, "Tensor");
+    for (int i = 0; i < 3; i++)
+        dtypes[i] = PyObject_GetAttrString(torch, dtype_names[i]);
+    Py_DECREF(torch);
+    name_shape = PyUnicode_InternFromString("shape");
+    name_stride = PyUnicode_InternFromString("stride");
+    name_dtype = PyUnicode_InternFromString("dtype");
+    name_is_cpu = PyUnicode_InternFromString("is_cpu");
+    name_is_neg = PyUnicode_InternFromString("is_neg");
+    name_data_ptr = PyUnicode_InternFromString("data_ptr");
+    PyObject *type = PyType_FromSpec(&Slot_spec), *module = PyModule_Create(&definition);
+    if (PyErr_Occurred() || !type || !module || PyModule_AddObject(module, "Slot", type) < 0)
+        return NULL;
+    return module;
+}
