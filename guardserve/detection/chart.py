@@ -121,6 +121,11 @@ class Levels:
         oddness: Array = (np.log(length) - self.median[-1]) / self._reach[-1]
         return oddness
 
+    def lengths(self, oddness: Array) -> Array:
+        """Return the lengths of vectors that are so odd: the inverse of :meth:`oddness`."""
+        length: Array = np.exp(self.median[-1] + oddness * self._reach[-1])
+        return length
+
     @cached_property
     def _reach(self) -> Array:
         return self.high - self.median

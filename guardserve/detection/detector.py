@@ -129,6 +129,7 @@ class Detector:
         """Rows that are filled with standardised features; the last of them are the most recent samples'."""
         self._recent: deque[Array] = deque(maxlen=LOOK_BACK)
         """Vectors of the most recent samples, each of shape ``(layers, width)``."""
+        self._recent_oddness: deque[Array] = deque(maxlen=LOOK_BACK)
 
     def judge(self, features: Array) -> list[float]:
         """Take samples in order, shape ``(N, F)``; rows with NaN or infinity are counted and change nothing else.
@@ -167,7 +168,8 @@ class Detector:
             evidence = np.concatenate(
                 [self.profile.levels.evidence(statistic), summary.oddness[rows][seen][:, None]], axis=1
             )
-            self._follow(features, vectors, evidence, positions[seen].tolist(), counts[seen].tolist())
+            average = (summary.oddness_sums[rows][seen] * each[:, None]).astype(np.float32)
+            self._follow(features, vectors, average, evidence, positions[seen].tolist(), counts[seen].tolist())
 
     def drain(self) -> list[float]:
         """Return the p-values since the last call, oldest first."""
@@ -223,7 +225,7 @@ class Detector:
         positions = self._samples + 1 + np.flatnonzero(finite)
         self._samples += len(finite)
         self._nonfinite += len(finite) - len(features)
-        self._follow(standardised, vectors, evidence, positions.tolist(), [1] * len(positions))
+        self._follow(standardised, vectors, oddness, evidence, positions.tolist(), [1] * len(positions))
         return p_values
 
     def _room(self, count: int) -> Array:
@@ -235,8 +237,14 @@ class Detector:
         self._end += count
         return self._rows[self._end - count : self._end]
 
-    def _follow(
-        self, features: Array, vectors: Array, evidence: Array, positions: list[int], counts: list[int]
+    def _follow(  # noqa: PLR0917 - one row of each for each
+        self,
+        features: Array,
+        vectors: Array,
+        oddness: Array,
+        evidence: Array,
+        positions: list[int],
+        counts: list[int],
     ) -> None:
         """Move from state to state, row by row: what encodes it, where in the stream it ends, what samples it has."""
         relative = evidence.max(2) / self._alarming
@@ -252,19 +260,21 @@ class Detector:
                     self._state = "recovered"
                     self._ended_at = position - self._calm
             elif largest[row] >= self.threshold:
-                self._alarm(features, vectors, evidence[row], row, position)
+                self._alarm(features, vectors, oddness, row, position)
+                self._lead = first_layer(evidence[row])
                 shifted.clear()
             elif suspicious[row] and self._state in ("warming", "ok"):
                 self._state = "suspect"
             elif self._calm >= CALM_BEFORE_OK.get(self._state, math.inf):
                 self._state = "ok"
         if shifted and self._average is not None:
-            self._average.update(features[shifted], vectors[shifted])
+            self._average.update(features[shifted], vectors[shifted], oddness[shifted])
             self._average.compare(self._distances(vectors, counts)[shifted])
             self._lead = first_layer(evidence[shifted[-1]])
         if positions:
             self._evidence, self._relative = evidence[-1], largest[-1]
             self._recent.extend(vectors[-LOOK_BACK:])
+            self._recent_oddness.extend(oddness[-LOOK_BACK:])
 
     def _distances(self, vectors: Array, counts: list[int]) -> Array:
         """Return how far samples are from the ones before them, squared, in what is expected of clean ones."""
@@ -273,14 +283,14 @@ class Detector:
         squares: Array = np.square(vectors - before).sum((1, 2)) / expected
         return squares
 
-    def _alarm(self, features: Array, vectors: Array, evidence: Array, row: int, position: int) -> None:
+    def _alarm(self, features: Array, vectors: Array, oddness: Array, row: int, position: int) -> None:
         self._state = "shifted"
         self._alarms += 1
         self._alarm_at, self._ended_at = position, None
         recent = np.stack([*self._recent, *vectors[: row + 1]][-LOOK_BACK:])
+        odd = np.stack([*self._recent_oddness, *oddness[: row + 1]][-LOOK_BACK:])
         end = self._end - len(features) + row + 1
-        self._average = ShiftAverage(self._rows[end - len(recent) : end], recent)
-        self._lead = first_layer(evidence)
+        self._average = ShiftAverage(self._rows[end - len(recent) : end], recent, odd)
 
     def state_dict(self) -> Arrays:
         """Return all that the detector remembers, as arrays; p-values that nobody has drained are left behind."""
@@ -291,8 +301,10 @@ class Detector:
             "evidence": self._evidence.copy(),
             "recent_features": self._rows[self._end - len(self._recent) : self._end].copy(),
             "recent_vectors": np.array(self._recent, np.float32).reshape(-1, layers, width),
+            "recent_oddness": np.array(self._recent_oddness, np.float32).reshape(-1, layers),
             "average_features": np.zeros(channels, np.float32) if average is None else average.features.copy(),
             "average_vectors": np.zeros((layers, width), np.float32) if average is None else average.vectors.copy(),
+            "average_oddness": np.zeros(layers, np.float32) if average is None else average.oddness.copy(),
             "numbers": np.array(
                 [
                     get_args(State).index(self._state),
@@ -317,7 +329,6 @@ class Detector:
         Raises:
             DetectorStateError: If the arrays are not those of :meth:`state_dict`, or of another profile.
         """
-        state = {"compared": np.zeros(2), **state}  # those of earlier versions had none
         self._check(state)
         self.reset()
         numbers = [int(number) for number in state["numbers"]]
@@ -329,9 +340,11 @@ class Detector:
         self._chart.state[0] = state["chart"]
         self._evidence = state["evidence"].copy()
         self._recent.extend(state["recent_vectors"].copy())
+        self._recent_oddness.extend(state["recent_oddness"].copy())
         self._room(len(self._recent))[:] = state["recent_features"]
         if numbers[8] > 0:
-            self._average = ShiftAverage(state["average_features"][None], state["average_vectors"][None])
+            averages = (state[f"average_{name}"][None] for name in ("features", "vectors", "oddness"))
+            self._average = ShiftAverage(*averages)
             self._average.count, self._average.noise = numbers[8], float(state["reals"][1])
             self._average.compared, self._average.repeating = int(state["compared"][0]), float(state["compared"][1])
 
@@ -347,8 +360,8 @@ class Detector:
                 raise DetectorStateError(
                     f"the detector's state is damaged: its {name} holds NaN or {ABSURD:g} and more"
                 )
-        numbers, rows = state["numbers"], len(state["recent_features"])
+        numbers, rows = state["numbers"], {len(state[name]) for name in expected if name.startswith("recent")}
         limits = [len(get_args(State)) - 1, *[2**62] * 6, len(self.profile.layers) - 1, 2**62]
         fits = (numbers >= [*[0] * 5, -1, -1, 0, 0]).all() and (numbers <= limits).all()
-        if not fits or (state["compared"] < 0).any() or not rows == len(state["recent_vectors"]) <= LOOK_BACK:
+        if not fits or (state["compared"] < 0).any() or len(rows) > 1 or max(rows) > LOOK_BACK:
             raise DetectorStateError(f"the detector's state is damaged: its numbers are {numbers.tolist()}")

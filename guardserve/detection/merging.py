@@ -40,6 +40,7 @@ class Summary:
         features: Sums of standardised features, shape ``(K, F)``.
         vectors: Sums of whitened vectors cut to the radius, shape ``(K, layers, width)``.
         oddness: Largest oddness of a sample in each layer, shape ``(K, layers)``.
+        oddness_sums: Sums of the samples' oddness in each layer, shape ``(K, layers)``.
     """
 
     digest: str
@@ -49,6 +50,7 @@ class Summary:
     features: Float64
     vectors: Float64
     oddness: Array
+    oddness_sums: Float64
 
     @classmethod
     def of(cls, profile: ReferenceProfile, features: Array, intervals: Sequence[int]) -> Summary:
@@ -70,10 +72,13 @@ class Summary:
             features=np.zeros((len(names), features.shape[1])),
             vectors=np.zeros((len(names), *vectors.shape[1:])),
             oddness=np.full((len(names), vectors.shape[1]), -np.inf, np.float32),
+            oddness_sums=np.zeros((len(names), vectors.shape[1])),
         )
+        oddness = profile.levels.oddness(length)
         np.add.at(summary.features, rows[finite], standardised)
         np.add.at(summary.vectors, rows[finite], shorten(vectors, profile.levels.radius, length))
-        np.maximum.at(summary.oddness, rows[finite], profile.levels.oddness(length))
+        np.maximum.at(summary.oddness, rows[finite], oddness)
+        np.add.at(summary.oddness_sums, rows[finite], oddness)
         return summary
 
     def merge(self, *others: Summary) -> Summary:
@@ -97,7 +102,7 @@ class Summary:
 
         oddness = np.full((len(names), self.oddness.shape[1]), -np.inf, np.float32)
         np.maximum.at(oddness, rows, np.concatenate([part.oddness for part in parts]))
-        sums = {name: add(name) for name in ("samples", "nonfinite", "features", "vectors")}
+        sums = {name: add(name) for name in ("samples", "nonfinite", "features", "vectors", "oddness_sums")}
         return Summary(digest=self.digest, intervals=names, oddness=oddness, **sums)  # type: ignore[arg-type]
 
 
@@ -131,6 +136,7 @@ class Summarizer:
             features=features.sum(0, dtype=np.float64, keepdims=True),
             vectors=vectors.sum(0, dtype=np.float64, keepdims=True),
             oddness=oddness.max(0, keepdims=True, initial=-np.inf),
+            oddness_sums=oddness.sum(0, dtype=np.float64, keepdims=True),
         )
         if self._parts and self._parts[-1].intervals[0] == new.intervals[0]:
             new = self._parts.pop().merge(new)

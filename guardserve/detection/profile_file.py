@@ -20,7 +20,7 @@ from guardserve.exceptions import ReferenceProfileError
 KEY = "guardserve_reference"
 """The metadata entry that holds the facts."""
 
-VERSION = 3
+VERSION = 4
 
 FACTS: Mapping[str, type | tuple[type, ...]] = {
     "layers": list,
@@ -96,6 +96,9 @@ def _check_arrays(facts: Mapping[str, Any], arrays: Arrays) -> None:
         "median": (len(SHARES), layers),
         "high": (len(SHARES), layers),
         "thresholds": (len(SHARES), len(ARLS)),
+        "odd_centre": (layers,),
+        "odd_spread": (layers,),
+        "odd_slopes": (layers, width),
         "scores": (len(scores) if scores is not None and scores.ndim == 1 else 0,),
     }
     for name, shape in shapes.items():
@@ -104,6 +107,6 @@ def _check_arrays(facts: Mapping[str, Any], arrays: Arrays) -> None:
             raise ValueError(f"its {name} has shape {None if array is None else array.shape}, not {shape}")
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise ValueError(f"its {name} holds something else than finite numbers")
-    positive = arrays["scale"].all(), (arrays["high"] > arrays["median"]).all(), (arrays["thresholds"] > 0).all()
-    if not all(positive):
+    positive = (arrays["odd_spread"], arrays["high"] - arrays["median"], arrays["thresholds"])
+    if not arrays["scale"].all() or any((array <= 0).any() for array in positive):
         raise ValueError("its scales are not positive")

@@ -29,6 +29,7 @@ from guardserve.detection.cautions import CARRIED, cautions
 from guardserve.detection.chart import Levels
 from guardserve.detection.collection import Collector, ReferenceData, collect
 from guardserve.detection.encoding import Sketch, Whitening, lengths
+from guardserve.detection.mixtures import Mixtures
 from guardserve.detection.profile_file import Arrays, read_profile, write_profile
 from guardserve.exceptions import ReferenceMismatchError, ReferenceProfileError
 from guardserve.observation.features import Array, fingerprint
@@ -70,6 +71,7 @@ class ReferenceProfile:
         sketch: From features to short vectors.
         whitening: From those to vectors with mean 0 and covariance 1.
         levels: What makes the statistics comparable.
+        mixtures: How odd samples are where only the shares of the classes have changed.
         thresholds: Evidence of each chart from which on there is an alarm, for each of :data:`calibration.ARLS`.
         scores: Sorted oddness of the samples, each judged by what others gave, which p-values refer to; a few that fill
             no fold are left out.
@@ -88,6 +90,7 @@ class ReferenceProfile:
     sketch: Sketch
     whitening: Whitening
     levels: Levels
+    mixtures: Mixtures
     thresholds: npt.NDArray[np.float64]
     scores: npt.NDArray[np.float64]
     ordered: bool = False
@@ -152,7 +155,8 @@ class ReferenceProfile:
         whitening = Whitening.fit(data.fitting, dimensions)
         run = dependent_run(whitening.apply(data.fitting)) if data.ordered else 1
         run = min(run, len(data.fitting) // (4 * FOLDS))
-        found = calibrate(_out_of_fold(data.fitting, dimensions, run, rng), dimensions, rng, run)
+        folds = _out_of_fold(data.fitting, dimensions, run, rng)
+        found = calibrate(folds, dimensions, rng, run)
         progress("measuring", data.samples)
         measuring = Pool.of(whitening.apply(data.held_out), found.levels, run=run)
         measured_arl = measure(
@@ -176,6 +180,7 @@ class ReferenceProfile:
             sketch=data.sketch,
             whitening=whitening,
             levels=found.levels,
+            mixtures=Mixtures.fit(np.concatenate(folds), found.levels),
             thresholds=found.thresholds,
             scores=np.sort(np.concatenate([found.oddness, measuring.oddness])).astype(np.float64),
             ordered=data.ordered,
@@ -283,6 +288,9 @@ class ReferenceProfile:
             "matrix": self.whitening.matrix,
             "median": self.levels.median,
             "high": self.levels.high,
+            "odd_centre": self.mixtures.centre,
+            "odd_spread": self.mixtures.spread,
+            "odd_slopes": self.mixtures.slopes,
             "thresholds": self.thresholds,
             "scores": self.scores,
         }
@@ -308,6 +316,7 @@ class ReferenceProfile:
             sketch=Sketch(channels, arrays["mean"].shape[1], arrays["centre"], arrays["scale"]),
             whitening=Whitening(arrays["mean"], arrays["matrix"]),
             levels=Levels(arrays["median"], arrays["high"]),
+            mixtures=Mixtures(arrays["odd_centre"], arrays["odd_spread"], arrays["odd_slopes"]),
             thresholds=arrays["thresholds"],
             scores=arrays["scores"],
             ordered=facts["ordered"],

@@ -337,16 +337,14 @@ def test_a_detector_that_runs_for_long_alarms_no_more_often(
 def test_the_average_of_a_shift_is_the_same_however_it_comes() -> None:
     """Samples one by one or many at once move the average alike."""
     rng = np.random.default_rng(3)
-    features, vectors = (
-        rng.standard_normal((300, 6)).astype(np.float32),
-        rng.standard_normal((300, 2, 4)).astype(np.float32),
-    )
-    one, many = (ShiftAverage(features[:9], vectors[:9]) for _ in range(2))
+    rows = [rng.standard_normal((300, *shape)).astype(np.float32) for shape in ((6,), (2, 4), (2,))]
+    one, many = (ShiftAverage(*(part[:9] for part in rows)) for _ in range(2))
     for row in range(9, 300):
-        one.update(features[row : row + 1], vectors[row : row + 1])
-    many.update(features[9:50], vectors[9:50])
-    many.update(features[50:], vectors[50:])
+        one.update(*(part[row : row + 1] for part in rows))
+    many.update(*(part[9:50] for part in rows))
+    many.update(*(part[50:] for part in rows))
     assert np.allclose(one.features, many.features, atol=1e-5)
     assert np.allclose(one.vectors, many.vectors, atol=1e-5)
+    assert np.allclose(one.oddness, many.oddness, atol=1e-5)
     assert one.noise == pytest.approx(many.noise)
     assert one.count == many.count == 300

@@ -65,21 +65,18 @@ def test_after_a_restart_it_goes_on_as_if_there_had_been_none(
     assert os.listdir(tmp_path) == [path.name]  # noqa: PTH208
 
 
-def test_a_stuck_sensor_is_known_as_one_after_a_restart_and_files_that_do_not_tell_are_taken(
+def test_a_stuck_sensor_is_known_as_one_after_a_restart(
     profile: ReferenceProfile, features: Reader, clean: Sampler
 ) -> None:
-    """The reading goes on; what was kept before samples were compared is all but that."""
+    """The reading goes on, by how alike samples were."""
     before = Detector(profile, 1000)
     before.judge(features(torch.cat([clean(60, seed=4), clean(1, seed=5).expand(40, -1, -1, -1)])))
     state = before.state_dict()
-    after, older = Detector(profile, 1000), Detector(profile, 1000)
+    after = Detector(profile, 1000)
     after.load_state_dict(state)
-    older.load_state_dict({name: array for name, array in state.items() if name != "compared"})
     assert "all samples are alike" in after.detection().reading
-    assert "all samples are alike" not in older.detection().reading
-    assert older.detection().alarm_at == before.detection().alarm_at
     with pytest.raises(DetectorStateError, match="damaged"):
-        older.load_state_dict({**state, "compared": np.array([-1.0, 0.0])})
+        after.load_state_dict({**state, "compared": np.array([-1.0, 0.0])})
 
 
 def test_without_a_file_it_begins_anew(profile: ReferenceProfile, tmp_path: Path) -> None:
