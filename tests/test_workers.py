@@ -404,7 +404,7 @@ def test_all_workers_load_the_model_again_or_none_does(tmp_path: Path) -> None:
         assert {number for number, _ in numbers(port).values()} == {3.0}
 
         (tmp_path / "number").write_text("4")
-        os.kill(next(iter(numbers(port))), signal.SIGKILL)
+        os.kill((set(first) - {killed}).pop(), signal.SIGKILL)
         wait_until(lambda: scraped(port, 'guardserve_workers{state="held"}') == 1, 2 * TIMEOUT)
         answers = [httpx.post(url, content=BODY, trust_env=False, timeout=TIMEOUT) for _ in range(20)]
         assert {answer.json()["outputs"][0]["data"][0] for answer in answers} == {3.0}
@@ -413,18 +413,38 @@ def test_all_workers_load_the_model_again_or_none_does(tmp_path: Path) -> None:
         assert {number for number, _ in numbers(port).values()} == {4.0}
 
 
-@pytest.mark.parametrize(
-    ("model", "says"),
-    [("broken", "no such weights"), ("failing", "no forward"), ("random", "made at random needs a seed, or --weights")],
-)
-def test_workers_that_cannot_start_end_the_command_with_their_reason(tmp_path: Path, model: str, says: str) -> None:
+REASONS = {
+    "broken": "no such weights",
+    "failing": "no forward",
+    "random": "made at random needs a seed, or --weights",
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Start workers of every model that cannot be served, all at once; return statuses and errors."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "namedmodel.py").write_text(MODEL)
+    options = ["--workers", "2", "--port", "0", "--log-level", "error"]
+    with ExitStack() as stack:
+        started = {}
+        for model in REASONS:
+            errors = stack.enter_context((folder / model).open("w"))
+            command = [str(PROGRAM), "serve", f"namedmodel:{model}", *options]
+            started[model] = stack.enter_context(subprocess.Popen(command, cwd=folder, stderr=errors))
+            stack.callback(started[model].kill)
+        return {model: (process.wait(2 * TIMEOUT), (folder / model).read_text()) for model, process in started.items()}
+
+
+@pytest.mark.parametrize("model", REASONS)
+def test_workers_that_cannot_start_end_the_command_with_their_reason(
+    ended: dict[str, tuple[int, str]], model: str
+) -> None:
     """The status is not 0, and one line says why: also of a model that fails its probe or is made at random."""
-    (tmp_path / "namedmodel.py").write_text(MODEL)
-    command = [str(PROGRAM), "serve", f"namedmodel:{model}", "--workers", "2", "--port", "0", "--log-level", "error"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False)
-    assert done.returncode == 1
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr or model == "failing", "of a forward it is in the log"
+    status, errors = ended[model]
+    assert status == 1
+    assert REASONS[model] in errors
+    assert "Traceback" not in errors or model == "failing", "of a forward it is in the log"
 
 
 @pytest.mark.parametrize(
