@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from serving import wait_until
 from torch import nn
 
 from guardserve import Monitor, ReferenceProfile, ReferenceProfileError, ReferenceWarning
@@ -138,16 +138,11 @@ def test_traffic_that_repeats_itself_teaches_nothing_and_is_served_on(
         for _ in range(13):
             model.eval()(images)
         assert monitor.snapshot().samples == 130
-        said: list[logging.LogRecord] = []
-        for _ in range(600):  # it is found in the background
-            said = [record for record in caplog.records if "no reference profile" in record.getMessage()]
-            if said:
-                break
-            time.sleep(0.05)
+        wait_until(lambda: "no reference profile" in caplog.text)  # it is found in the background
         model(images)
         assert monitor.snapshot().samples == 140
         assert monitor.reference is None
-    (record,) = said
+    (record,) = [record for record in caplog.records if "no reference profile" in record.getMessage()]
     assert "120 finite samples only 10 are distinct" in record.getMessage()
     assert record.exc_info is None
 

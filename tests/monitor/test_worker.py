@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import threading
-import time
 import tracemalloc
 import weakref
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from serving import wait_until
 from torch import nn
 
 from guardserve import EvalGuard, Monitor, ReferenceProfile, ReferenceProfileError
@@ -41,15 +41,6 @@ def threads_named(name: str) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == name]
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    """Wait a few seconds for something to be so."""
-    for _ in range(500):
-        if condition():
-            return
-        time.sleep(0.01)
-    pytest.fail("it did not happen within five seconds")
-
-
 def test_a_thread_accumulates_while_forwards_go_on_and_ends_with_the_monitor() -> None:
     """It starts when there is work, nobody has to ask for anything, and close waits for it to end."""
     model, before = conv_net(), len(threads_named("guardserve-monitor"))
@@ -57,7 +48,7 @@ def test_a_thread_accumulates_while_forwards_go_on_and_ends_with_the_monitor() -
         assert len(threads_named("guardserve-monitor")) == before
         for _ in range(80):
             model(torch.randn(1, 3, 8, 8))
-        wait_for(lambda: len(monitor._pending) < 32)
+        wait_until(lambda: len(monitor._pending) < 32)
         assert len(threads_named("guardserve-monitor")) == before + 1
         assert monitor.snapshot().samples == 80
     assert len(threads_named("guardserve-monitor")) == before
@@ -71,11 +62,11 @@ def test_a_forgotten_monitor_takes_its_thread_with_it() -> None:
         for _ in range(80):
             model(torch.randn(1, 3, 8, 8))
     pending = monitor._pending
-    wait_for(lambda: len(pending) < 32)
+    wait_until(lambda: len(pending) < 32)
     gone = weakref.ref(monitor)
     del monitor
-    wait_for(lambda: gc.collect() is not None and gone() is None)
-    wait_for(lambda: len(threads_named("guardserve-monitor")) == before)
+    wait_until(lambda: gc.collect() is not None and gone() is None)
+    wait_until(lambda: len(threads_named("guardserve-monitor")) == before)
 
 
 def test_a_forward_does_the_work_itself_rather_than_drop_anything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +175,7 @@ def test_an_error_in_the_background_is_logged_and_ends_nothing(
             patch.setattr(monitor, "_merge", lambda _: 1 / 0)
             for _ in range(40):
                 model(torch.randn(1, 3, 8, 8))
-            wait_for(lambda: "could not be accumulated" in caplog.text)
+            wait_until(lambda: "could not be accumulated" in caplog.text)
         monitor.reset()
         for _ in range(20):
             model(torch.randn(1, 3, 8, 8))
