@@ -200,45 +200,68 @@ def test_whoever_asks_meanwhile_is_told_so() -> None:
     assert not crew.reloading.running
 
 
-def test_a_worker_that_is_starting_starts_anew_when_the_model_is_loaded_again() -> None:
-    """It may have read the files before they changed; until it is ready again it takes no part, nor is it killed twice.
-
-    If the others could not load the new version, it is not the only one that has it.
-    """
+def test_a_worker_that_is_starting_is_left_to_get_ready_however_often_the_model_is_loaded_again() -> None:
+    """It takes no part, and answers if it has loaded what the others have by then."""
     crew = Crew()
     one, two = crew.workers
     crew.restart(two)
     process: Any = two.process
+    for number in (1, 2, 3):
+        crew.reloading.begin()
+        assert crew.all_told() == [[Prepare(number)], []]
+        crew.reloading.hear(one, Prepared(number, {MODEL: "v2"}))
+        crew.reloading.hear(one, Decided(number, {MODEL: "v2"}))
+        assert crew.all_told() == [[Decide(number, commit=True)], []]
+    crew.is_ready(two, "v2")
+    assert crew.told(two) == [Listen()]
+    process.kill.assert_not_called()
+
+
+def test_a_worker_that_began_before_the_model_was_loaded_again_starts_anew_once_if_that_shows() -> None:
+    """Not held back, as it is the one with the old files; what it has after that counts. Nor is it killed twice."""
+    crew = Crew()
+    one, two = crew.workers
+    two.starts = one.starts = 1
+    crew.restart(two)
+    process: Any = two.process
     crew.reloading.begin()
-    assert crew.all_told() == [[Prepare(1)], []]
     crew.is_ready(two, "v1")
-    assert crew.told(two) == [], "it has not heard yet that it is to end"
+    process.kill.assert_not_called()
     crew.reloading.hear(one, Prepared(1, {MODEL: "v2"}))
     crew.reloading.hear(one, Decided(1, {MODEL: "v2"}))
     crew.admission.go_on()
     crew.reloading.begin()
-    assert crew.all_told() == [[Decide(1, commit=True), Prepare(2)], []]
-    process.kill.assert_called_once()
     crew.reloading.hear(one, Prepared(2, failure="no memory"))
     crew.reloading.hear(one, Decided(2, {MODEL: "v2"}))
+    crew.admission.go_on()
+    process.kill.assert_called_once()
+    assert (two.renewed, two.held, crew.told(two)) == (True, False, [])
+    two.starts += 1
     for version, told in (("v3", []), ("v2", [Listen()])):
         crew.restart(two)
         crew.reloading.lose(two)
         crew.is_ready(two, version)
-        assert crew.told(two) == told
+        assert (crew.told(two), two.held) == (told, not told)
 
 
-def test_loading_again_before_any_worker_answers_has_all_start_anew(caplog: pytest.LogCaptureFixture) -> None:
-    """What the one has read and the other has not would differ, and nothing is waited for."""
+def test_workers_of_which_none_answers_start_anew_when_they_are_ready(caplog: pytest.LogCaptureFixture) -> None:
+    """What the one has read and the other has not would differ; nothing is waited for, and what comes then is taken."""
     crew = Crew()
     for worker in crew.workers:
         crew.restart(worker)
     processes = [cast("mock.Mock", worker.process) for worker in crew.workers]
-    crew.reloading.begin()
-    for process in processes:
-        process.kill.assert_called_once()
+    for _ in range(3):
+        crew.reloading.begin()
     assert (crew.reloading.running, crew.reloading.ends_by, crew.all_told()) == (False, None, [[], []])
+    for worker, process in zip(crew.workers, processes, strict=True):
+        process.kill.assert_not_called()
+        crew.is_ready(worker, "v1")
+        process.kill.assert_called_once()
     assert caplog.messages == [f"worker {n} starts anew, with what the files hold now" for n in (1, 2)]
+    for worker in crew.workers:
+        crew.restart(worker)
+        crew.is_ready(worker, "v2")
+        assert crew.told(worker) == [Listen()]
 
 
 def test_a_worker_that_is_being_ended_is_not_what_others_have_to_be_like() -> None:

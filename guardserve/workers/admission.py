@@ -20,7 +20,8 @@ class Admission:
 
     A worker that is started again loads what the files hold then. If they were changed and nobody has had the workers
     load them again, it would answer otherwise than its mates, and clients would get the one's or the other's answer by
-    chance. It is held back, ready, until all load the new files, or none that has the old ones is left. A model that is
+    chance. It is held back, ready, until all load the new files, or none that has the old ones is left; if they were to
+    load them while it started, it is itself the one that may have the old ones, and starts anew. A model that is
     another each time it is made would let no second worker answer, ever: that is refused when they first start.
 
     Args:
@@ -49,6 +50,9 @@ class Admission:
         differing: dict[str, str] = {}
         for mate in mates:
             differing |= differences(loaded, mate.loaded or {})
+        if worker.outdated and (differing or not mates):
+            worker.renew()
+            return
         if differing.keys() == {MODEL} and worker.starts == mates[0].starts == 1:
             raise GuardserveError(
                 f"workers {mates[0].number} and {worker.number} have loaded different models from the same arguments: "

@@ -24,8 +24,9 @@ class Reloading:
     """Has the workers load their model again, in two steps.
 
     First each loads and probes the new version beside the old one, and says so. When all have the same one, each is
-    told to let it answer; if one of them has not, or ends meanwhile, each is told to drop it. A worker that answers
-    nobody starts anew: it may have begun before the files were changed, or have other code than they hold now.
+    told to let it answer; if one of them has not, or ends meanwhile, each is told to drop it. A worker that is held
+    back starts anew. One that is starting is left to get ready, however often this is asked for: it may have begun
+    before the files were changed, or have other code than they hold now, and starts anew only if that shows then.
 
     Args:
         workers: All of them, also those that do not take connections now.
@@ -64,7 +65,11 @@ class Reloading:
                 asker[0].tell(Outcome(asker[1], text, running=True))
             return
         for worker in self._workers:
-            if not worker.admitted:
+            if worker.admitted:
+                continue
+            if worker.loaded is None:
+                worker.outdated = worker.process is not None
+            else:
                 worker.renew()
         self._taking_part = [worker for worker in self._workers if worker.answers]
         if self._taking_part:

@@ -45,6 +45,7 @@ class Worker:
         self.held = False
         self.ending = False
         self.renewed = False
+        self.outdated = False
 
     @property
     def answers(self) -> bool:
@@ -109,7 +110,7 @@ class Worker:
         self.process = self.report = self.up_since = self.silent_since = None
         self.loaded = None
         self.asked = 0
-        self.admitted = self.held = self.ending = self.renewed = False
+        self.admitted = self.held = self.ending = self.renewed = self.outdated = False
 
 
 def limit(connection: Connection) -> None:
