@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -31,6 +32,13 @@ def require_program() -> Callable[[str], str]:
         return program
 
     return find
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settled() -> None:
+    """Have the garbage collector pass over the millions of objects that are there before the tests of a module."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

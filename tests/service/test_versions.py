@@ -45,6 +45,13 @@ OF_A_VERSION = {"forward", "watchdog", "monitor", "reload", "state"}
 """What the threads do that each version has of its own."""
 
 
+@pytest.fixture(autouse=True)
+def _as_unfrozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave frozen what other tests have left: to look through it takes a second, and these tests' models are not."""
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
+
+
 class Numbered(nn.Module):
     """Says which version it is; waits at its gate for inputs that begin with 77."""
 
@@ -167,8 +174,9 @@ def test_versions_replace_each_other_under_load_without_a_lost_or_a_mixed_up_ans
         assert metric(client, 'guardserve_batch_size_sum{model="net"}') == total
 
 
-def test_what_was_accepted_is_answered_by_its_version_which_is_then_freed() -> None:
+def test_what_was_accepted_is_answered_by_its_version_which_is_then_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The new one answers meanwhile; the old model's memory is given back, though what was there is frozen."""
+    monkeypatch.undo()
     others, models = set(threading.enumerate()), [Numbered(0)]
     gate, waiting, model = models[0].open, models[0].waiting, weakref.ref(models[0])
     gc.collect()
@@ -187,7 +195,7 @@ def test_what_was_accepted_is_answered_by_its_version_which_is_then_freed() -> N
             wait_until(lambda: metric(client, 'guardserve_samples_total{model="net"}') == 2)
             wait_until(lambda: alone(others))
     finally:
-        gc.unfreeze()
+        gc.freeze()
 
 
 def alone(others: set[threading.Thread]) -> bool:
