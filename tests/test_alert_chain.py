@@ -8,7 +8,8 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,6 @@ class Operators(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Message)
         self.alerts: list[dict[str, Any]] = []
 
-    def told(self, status: str, alert: str) -> dict[str, Any] | None:
-        """Find the first message about an alert, ``firing`` or ``resolved``."""
-        told = (told for told in self.alerts if told["status"] == status and told["labels"]["alertname"] == alert)
-        return next(told, None)
-
 
 class Message(http.server.BaseHTTPRequestHandler):
     """Keeps the alerts of one call."""
@@ -69,13 +65,13 @@ def program(*arguments: str) -> Iterator[None]:
         process.wait(30)
 
 
-def configure(folder: Path, target: str, alertmanager: str, webhook: str) -> None:
+def configure(folder: Path, targets: Sequence[str], alertmanager: str, webhook: str) -> None:
     """Write docker/'s configuration with other addresses, and seconds where it has minutes."""
     rules = (DOCKER / "prometheus" / "rules.yml").read_text()
     (folder / "rules.yml").write_text(re.sub(r"\b(\d+)m\b", r"\1s", rules))
     prometheus = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
     prometheus["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    prometheus["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
+    prometheus["scrape_configs"][0]["static_configs"] = [{"targets": list(targets)}]
     prometheus["alerting"]["alertmanagers"][0]["static_configs"] = [{"targets": [alertmanager]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(prometheus))
     routing = yaml.safe_load((DOCKER / "alertmanager" / "alertmanager.yml").read_text())
@@ -91,10 +87,14 @@ class Chain:
     Attributes:
         woken: The operators at its end.
         prometheus: Address of Prometheus.
+        url: Of the server.
+        model: What it serves.
     """
 
     woken: Operators
     prometheus: str
+    url: str
+    model: str
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Ask Prometheus; an empty answer while it starts."""
@@ -106,7 +106,8 @@ class Chain:
 
     def scraped(self, metric: str) -> None:
         """Wait until a series has been scraped a few times."""
-        wait_until(lambda: any(len(series["values"]) > 5 for series in self.query(f"{metric}[10s]")))
+        found = f'{metric}{{instance="{address(self.url)}"}}[10s]'
+        wait_until(lambda: any(len(series["values"]) > 5 for series in self.query(found)))
 
     def exemplars(self, expression: str) -> list[dict[str, str]]:
         """Ask Prometheus for the ids of the exemplars of a minute."""
@@ -116,27 +117,50 @@ class Chain:
         return [one["labels"] for series in answer.raise_for_status().json()["data"] for one in series["exemplars"]]
 
     def firing(self) -> set[str]:
-        """Name the alerts that fire."""
-        return {alert["metric"]["alertname"] for alert in self.query('ALERTS{alertstate="firing"}')}
+        """Name the alerts about this model that fire."""
+        alerts = [alert["metric"] for alert in self.query('ALERTS{alertstate="firing"}')]
+        return {labels["alertname"] for labels in alerts if self._is_meant(labels)}
+
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        """What the operators were told of this model."""
+        return [alert for alert in list(self.woken.alerts) if self._is_meant(alert["labels"])]
+
+    def told(self, status: str, alert: str) -> dict[str, Any] | None:
+        """Find the first message about an alert, ``firing`` or ``resolved``."""
+        told = (told for told in self.alerts if told["status"] == status and told["labels"]["alertname"] == alert)
+        return next(told, None)
 
     def wait_for(self, status: str, alert: str) -> dict[str, Any]:
         """Wait until the operators are told."""
-        wait_until(lambda: self.woken.told(status, alert))
-        told = self.woken.told(status, alert)
+        wait_until(lambda: self.told(status, alert))
+        told = self.told(status, alert)
         assert told is not None
         return told
 
+    def _is_meant(self, labels: dict[str, str]) -> bool:
+        """Tell whether an alert may be about this model; some are of all that have its name."""
+        mine = {"instance": address(self.url), "model": self.model}
+        return (mine | labels).items() >= mine.items()
+
+
+def address(url: str) -> str:
+    """Return host and port, as Prometheus calls a server."""
+    return url.removeprefix("http://")
+
 
 @contextmanager
-def watched(folder: Path, url: str, require_program: Callable[[str], str]) -> Iterator[Chain]:
-    """Have the real Prometheus and the real Alertmanager watch a server."""
+def watched(
+    folder: Path, urls: Sequence[str], require_program: Callable[[str], str]
+) -> Iterator[tuple[Operators, str]]:
+    """Have the real Prometheus and the real Alertmanager watch servers; give whom these wake, and where that is."""
     commands = require_program("prometheus"), require_program("prometheus-alertmanager")
     prometheus, alertmanager = (f"127.0.0.1:{free_port()}" for _ in commands)
     with ExitStack() as stack:
         woken = Operators()
         stack.enter_context(listening(woken))
         webhook = f"http://127.0.0.1:{woken.server_port}"
-        configure(folder, url.removeprefix("http://"), alertmanager, webhook)
+        configure(folder, [address(url) for url in urls], alertmanager, webhook)
         stack.enter_context(
             program(
                 commands[1],
@@ -157,7 +181,7 @@ def watched(folder: Path, url: str, require_program: Callable[[str], str]) -> It
                 "--log.level=warn",
             )
         )
-        yield Chain(woken, prometheus)
+        yield woken, prometheus
 
 
 def infer(url: str, model: str, name: str, batch: torch.Tensor) -> httpx.Response:
@@ -179,52 +203,42 @@ def digits() -> torch.Tensor:
     return load_digits().live.images
 
 
-def test_a_shift_wakes_the_operators_with_its_layers_and_its_end_is_told(
-    tmp_path: Path, require_program: Callable[[str], str]
-) -> None:
-    """Clean traffic raises nothing; brighter images raise the alert; clean ones again resolve it."""
+def shifted(chain: Chain) -> None:
+    """Have a model judged by its running statistics shift, and shift back."""
     images = digits()[:128]
-    settings = {"GUARDSERVE_SHIFT_WINDOW": "64", "GUARDSERVE_SHIFT_THRESHOLD": "0.3"}
-    with command("serve", "demo", env=os.environ | settings) as url, watched(tmp_path, url, require_program) as chain:
-        recognise(url, images)
-        chain.scraped("guardserve_shift_score")
-        assert chain.firing() == set()
+    recognise(chain.url, images)
+    chain.scraped("guardserve_shift_score")
+    assert chain.firing() == set()
 
-        recognise(url, SHIFTS["brighter"](images))
-        told = chain.wait_for("firing", "GuardserveDomainShift")
-        assert told["labels"]["model"] == MODEL
-        says = r" is ([\d.]+) running .*, threshold 0\.30\. Worst layers: blocks\.\d\.norm \(([\d.]+)\)"
-        found = re.search(says, told["annotations"]["description"])
-        assert found is not None, told["annotations"]["description"]
-        assert found[1] == found[2]
+    recognise(chain.url, SHIFTS["brighter"](images))
+    told = chain.wait_for("firing", "GuardserveDomainShift")
+    assert told["labels"]["model"] == MODEL
+    says = r" is ([\d.]+) running .*, threshold 0\.30\. Worst layers: blocks\.\d\.norm \(([\d.]+)\)"
+    found = re.search(says, told["annotations"]["description"])
+    assert found is not None, told["annotations"]["description"]
+    assert found[1] == found[2]
 
-        recognise(url, images)
-        chain.wait_for("resolved", "GuardserveDomainShift")
-        assert {alert["labels"]["alertname"] for alert in chain.woken.alerts} == {"GuardserveDomainShift"}
+    recognise(chain.url, images)
+    chain.wait_for("resolved", "GuardserveDomainShift")
+    assert {alert["labels"]["alertname"] for alert in chain.alerts} == {"GuardserveDomainShift"}
 
 
-def test_with_a_reference_the_alert_names_the_layer_where_the_shift_begins(
-    tmp_path: Path, require_program: Callable[[str], str]
-) -> None:
-    """The detector's own alarm reaches the operators, and its recovery does."""
+def shifted_from_reference(chain: Chain) -> None:
+    """Have a model judged by a reference shift, and shift back."""
     images = digits()
-    profile = ReferenceProfile.fit(load_model("demo").module, [load_digits().train.images], target_arl=1000)
-    profile.save(tmp_path / "profile.safetensors")
-    options = ("--reference", str(tmp_path / "profile.safetensors"), "--target-arl", "1000")
-    with command("serve", "demo", *options) as url, watched(tmp_path, url, require_program) as chain:
-        recognise(url, images[:200])
-        chain.scraped("guardserve_shift_evidence")
-        assert chain.firing() == set()
+    recognise(chain.url, images[:200])
+    chain.scraped("guardserve_shift_evidence")
+    assert chain.firing() == set()
 
-        recognise(url, SHIFTS["brighter"](images[:64]))
-        told = chain.wait_for("firing", "GuardserveShiftAlarm")
-        lead = re.search(r"left its null is (\S+)\. The evidence is ([\d.]+) times", told["annotations"]["description"])
-        assert lead is not None, told["annotations"]["description"]
-        assert lead[1] == "blocks.0.norm"
+    recognise(chain.url, SHIFTS["brighter"](images[:64]))
+    told = chain.wait_for("firing", "GuardserveShiftAlarm")
+    lead = re.search(r"left its null is (\S+)\. The evidence is ([\d.]+) times", told["annotations"]["description"])
+    assert lead is not None, told["annotations"]["description"]
+    assert lead[1] == "blocks.0.norm"
 
-        for _ in range(3):
-            recognise(url, images)
-        chain.wait_for("resolved", "GuardserveShiftAlarm")
+    for _ in range(3):
+        recognise(chain.url, images)
+    chain.wait_for("resolved", "GuardserveShiftAlarm")
 
 
 UNSTABLE = """
@@ -248,40 +262,74 @@ def model():
 """
 
 
-def test_outputs_that_are_not_numbers_wake_the_operators_until_they_end(
-    tmp_path: Path, require_program: Callable[[str], str]
-) -> None:
+def unstable(chain: Chain) -> None:
+    """Have a model give an output that is no number once, then again and again, and then no more."""
+    good, bad = torch.zeros(1, 2), torch.full((1, 2), 7.0)
+    increase = 'instance:guardserve_nonfinite_samples:increase5m{origin="output"}'
+    chain.scraped("guardserve_nonfinite_samples_total")
+    assert infer(chain.url, "model", "x", good).status_code == 200
+    assert infer(chain.url, "model", "x", bad).status_code == 500
+    wait_until(lambda: chain.query(increase))
+    wait_until(lambda: not chain.query(increase))
+    assert chain.told("firing", "GuardserveNonFiniteOutputs") is None
+
+    def more() -> bool:
+        infer(chain.url, "model", "x", bad)
+        return chain.told("firing", "GuardserveNonFiniteOutputs") is not None
+
+    wait_until(more)
+    told = chain.wait_for("firing", "GuardserveNonFiniteOutputs")
+    assert told["labels"]["origin"] == "output"
+    for series in (
+        'guardserve_nonfinite_samples_total{origin="output"}',
+        "guardserve_request_duration_seconds_bucket",
+    ):
+        found = chain.exemplars(series)
+        assert found
+        assert all(labels == {"request_id": REQUEST, "trace_id": TRACE} for labels in found)
+    assert chain.exemplars("guardserve_forward_duration_seconds_bucket") == []
+    chain.wait_for("resolved", "GuardserveNonFiniteOutputs")
+
+
+@pytest.fixture(scope="module")
+def stories(
+    tmp_path_factory: pytest.TempPathFactory, require_program: Callable[[str], str]
+) -> Iterator[list[Future[None]]]:
+    """Have all three happen at once, to servers that are watched together: most of it is waiting."""
+    folder = tmp_path_factory.mktemp("chain")
+    (folder / "unstable.py").write_text(UNSTABLE)
+    digits()
+    profile = ReferenceProfile.fit(load_model("demo").module, [load_digits().train.images], target_arl=1000)
+    profile.save(folder / "profile.safetensors")
+    settings = {"GUARDSERVE_SHIFT_WINDOW": "64", "GUARDSERVE_SHIFT_THRESHOLD": "0.3"}
+    options = ("--reference", str(folder / "profile.safetensors"), "--target-arl", "1000")
+    with (
+        command("serve", "demo", env=os.environ | settings) as plain,
+        command("serve", "demo", *options) as judging,
+        command("serve", "unstable:model", env=os.environ | {"PYTHONPATH": str(folder)}, cwd=folder) as dividing,
+        watched(folder, [plain, judging, dividing], require_program) as watching,
+        ThreadPoolExecutor(3) as threads,
+    ):
+        yield [
+            threads.submit(shifted, Chain(*watching, plain, MODEL)),
+            threads.submit(shifted_from_reference, Chain(*watching, judging, MODEL)),
+            threads.submit(unstable, Chain(*watching, dividing, "model")),
+        ]
+
+
+def test_a_shift_wakes_the_operators_with_its_layers_and_its_end_is_told(stories: list[Future[None]]) -> None:
+    """Clean traffic raises nothing; brighter images raise the alert; clean ones again resolve it."""
+    stories[0].result()
+
+
+def test_with_a_reference_the_alert_names_the_layer_where_the_shift_begins(stories: list[Future[None]]) -> None:
+    """The detector's own alarm reaches the operators, and its recovery does."""
+    stories[1].result()
+
+
+def test_outputs_that_are_not_numbers_wake_the_operators_until_they_end(stories: list[Future[None]]) -> None:
     """One such answer is no alert; one again and again is, and what fails of it; good answers end both.
 
     Prometheus knows of a request with such an answer, and of one as long as that, by their ids.
     """
-    (tmp_path / "unstable.py").write_text(UNSTABLE)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    good, bad = torch.zeros(1, 2), torch.full((1, 2), 7.0)
-    with (
-        command("serve", "unstable:model", env=environment, cwd=tmp_path) as url,
-        watched(tmp_path, url, require_program) as chain,
-    ):
-        chain.scraped("guardserve_nonfinite_samples_total")
-        assert infer(url, "model", "x", good).status_code == 200
-        assert infer(url, "model", "x", bad).status_code == 500
-        wait_until(lambda: chain.query('instance:guardserve_nonfinite_samples:increase5m{origin="output"}'))
-        wait_until(lambda: not chain.query('instance:guardserve_nonfinite_samples:increase5m{origin="output"}'))
-        assert chain.woken.told("firing", "GuardserveNonFiniteOutputs") is None
-
-        def more() -> bool:
-            infer(url, "model", "x", bad)
-            return chain.woken.told("firing", "GuardserveNonFiniteOutputs") is not None
-
-        wait_until(more)
-        told = chain.wait_for("firing", "GuardserveNonFiniteOutputs")
-        assert told["labels"]["origin"] == "output"
-        for series in (
-            'guardserve_nonfinite_samples_total{origin="output"}',
-            "guardserve_request_duration_seconds_bucket",
-        ):
-            found = chain.exemplars(series)
-            assert found
-            assert all(labels == {"request_id": REQUEST, "trace_id": TRACE} for labels in found)
-        assert chain.exemplars("guardserve_forward_duration_seconds_bucket") == []
-        chain.wait_for("resolved", "GuardserveNonFiniteOutputs")
+    stories[2].result()
