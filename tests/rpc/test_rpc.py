@@ -29,7 +29,7 @@ from tritonclient.grpc import service_pb2
 
 from guardserve.exceptions import GuardserveError, MissingExtraError
 from guardserve.metrics import REASONS
-from guardserve.rpc import RpcServer
+from guardserve.rpc import RpcServer, server
 from guardserve.rpc.messages import CLASSES, MESSAGES, METHODS, SERVICE
 from guardserve.runtime import Runtime
 from guardserve.service.access import Access
@@ -72,12 +72,23 @@ class Faces:
 
 
 @contextmanager
-def faces(module: nn.Module, *inputs: TensorSpec, access: Access | None = None, **limits: Any) -> Iterator[Faces]:
-    """Serve a module over both; give it once its start-up probe has ended."""
+def faces(
+    module: nn.Module, *inputs: TensorSpec, access: Access | None = None, linger: float = 0.01, **limits: Any
+) -> Iterator[Faces]:
+    """Serve a module over both; give it once its start-up probe has ended.
+
+    Args:
+        module: The model.
+        inputs: Its inputs.
+        access: Who may call.
+        linger: Seconds for which calls are refused in words when the server stops: they hold up each test.
+        limits: What is accepted.
+    """
     runtime = Runtime(loaded(module, *inputs))
     app = create_app(runtime, access=access, limits=Limits(**{"max_body_size": 2**20, **limits}))
     rpc = RpcServer(app, app.gateway, "127.0.0.1", 0, max_message_size=2**20, grace=5)
     with (
+        mock.patch.object(server, "LINGER", linger),
         serve_in_background(app, companion=rpc) as url,
         httpx.Client(base_url=url, trust_env=False, timeout=TIMEOUT) as client,
     ):
@@ -411,7 +422,7 @@ def test_a_server_that_stops_finishes_its_calls() -> None:
     """Those that it has accepted; no more are taken."""
     gate = Gate()
     with ThreadPoolExecutor(4) as threads:
-        with faces(gate, max_batch_size=1) as served:
+        with faces(gate, max_batch_size=1, linger=server.LINGER) as served:
             calls = [threads.submit(served.call, "ModelInfer", **row(77))]
             wait_until(lambda: 77 in gate.seen)
             calls += [threads.submit(served.call, "ModelInfer", **row(n)) for n in (1, 2)]
@@ -441,8 +452,8 @@ def test_no_call_that_was_accepted_is_lost_when_the_server_stops() -> None:
                     return
                 answered.append(77)
 
-    with ThreadPoolExecutor(6) as threads, mock.patch("guardserve.rpc.server.LINGER", 3.0):  # however busy they are
-        with faces(gate) as served:
+    with ThreadPoolExecutor(6) as threads:
+        with faces(gate, linger=3.0) as served:  # however busy the clients are
             clients = [threads.submit(hammer, served.address) for _ in range(6)]
             wait_until(lambda: len(answered) > 100)
         for client in clients:
