@@ -62,6 +62,17 @@ def named(send: Send, identity: Identity) -> Send:
     return wrapped
 
 
+def headed(send: Send) -> Send:
+    """Have no more than the head of an answer sent."""
+
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+            await send({"type": "http.response.body", "body": b""})
+
+    return wrapped
+
+
 def refusal(status: int, reason: str, error: str, headers: Headers = ()) -> Answer:
     """Return a failure in the protocol's form."""
     body = orjson.dumps({"error": error})

@@ -17,9 +17,9 @@ from guardserve.metrics import Metrics
 from guardserve.page.endpoints import Page
 from guardserve.runtime import Runtime
 from guardserve.service.access import CHALLENGE, Access, is_open
-from guardserve.service.answer import RETRY_AFTER, named, refusal
+from guardserve.service.answer import RETRY_AFTER, headed, named, refusal
 from guardserve.service.endpoints import ProtocolEndpoints, error_response, metrics_router
-from guardserve.service.gateway import Gateway, give_way
+from guardserve.service.gateway import Gateway
 from guardserve.service.inference import Inference, OnNonFinite
 from guardserve.service.life import Life, closing
 from guardserve.service.limits import Limits
@@ -53,12 +53,15 @@ class Service(FastAPI):
     gateway: Gateway
     versions: Versions
 
+    def runs_forward(self, scope: Scope) -> bool:
+        """Tell whether a request is one for a forward, and may be answered."""
+        if scope["method"] != "POST" or scope["path"] not in self.gateway.inference.paths or self.life.crowded:
+            return False
+        return self.access.allows(scope)
+
     def shortcut(self, scope: Scope) -> Gateway | None:
         """Return what may answer a request past ASGI; None where it needs more than its answer, or is refused."""
-        paths = self.gateway.inference.paths
-        if scope["method"] != "POST" or scope["path"] not in paths or self.life.closing or self.life.crowded:
-            return None
-        return self.gateway if self.access.allows(scope) else None
+        return self.gateway if self.runs_forward(scope) and not self.life.closing else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or run the lifespan."""
@@ -73,16 +76,16 @@ class Service(FastAPI):
         if self.life.closing or self.life.crowded:
             send = closing(send)
         if self.life.crowded and not is_open(scope["path"]):
-            give_way()
             await CROWDED.send(send)
             return
         if not self.access.allows(scope):
-            give_way()
             await UNAUTHORIZED.send(send)
             return
         if scope["path"] in self.gateway.inference.paths and scope["method"] == "POST":
             await self.gateway(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope, send = {**scope, "method": "GET"}, headed(send)
         await super().__call__(scope, receive, send)
 
 
@@ -171,7 +174,10 @@ def _routers(app: Service, watch: Watch, *, reloads: bool) -> Iterator[APIRouter
 async def _http_error(_: Request, error: Exception) -> Response:
     if not isinstance(error, (HTTPException, StarletteHTTPException)):
         raise error
-    return error_response(error.status_code, str(error.detail), dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"
+    return error_response(error.status_code, str(error.detail), headers)
 
 
 async def _validation_error(_: Request, error: Exception) -> Response:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import re
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any, Literal
 
 import httptools
@@ -16,7 +14,10 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from guardserve.identity import Identity
-from guardserve.service.answer import Answer, refusal
+from guardserve.service.answer import Answer
+from guardserve.service.delivery import Delivery
+from guardserve.service.heads import CUT_SHORT, RefusedHeadError, answer_to, check_head, check_size
+from guardserve.service.throttle import Throttle
 
 HEADER_TIMEOUT = 10.0
 """Seconds from a connection's first moment, or from a request's first byte, until its headers are whole.
@@ -24,46 +25,20 @@ HEADER_TIMEOUT = 10.0
 As many are left for a body that comes after its request was answered, and for the request behind it.
 """
 
-MAX_HEAD = 64 * 1024
-"""Bytes of a request's path and headers, or of what stands between the parts of its body; more are refused with 431."""
-
 LINGER = 0.5
-"""Seconds that what comes behind the last answer is read, and, when the server stops, a body of which nothing has."""
+"""Seconds that what comes behind the last answer is read once that is taken.
+
+As many are left, when the server stops, for a body of which nothing has come.
+"""
 
 SLACK = 64
 """Connections beyond the limit that are still taken, for health and metrics; each is closed after one answer."""
-
-WRITE_TIMEOUT = 60.0
-"""Seconds for which a client may take nothing of an answer that waits for it."""
 
 LOOK_INTERVAL = 0.05
 """Seconds between two looks whether a client that sends no more is still there to take its answer."""
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 """What tells: a client that waits passes it over, one that has gone has nobody who would take it."""
-
-_HOST = re.compile(rb"(\[[\w.:%~-]+\]|[\w.~%!$&'()*+,;=-]*)(:[0-9]*)?[ \t]*")
-
-_ONCE = frozenset((b"content-type", b"content-encoding", b"inference-header-content-length"))
-
-MALFORMED = refusal(400, "malformed", "what came is not an HTTP request")
-NO_HOST = refusal(400, "malformed", "the request needs one Host header, with a host and perhaps a port: RFC 9112, 3.2")
-REPEATED = refusal(
-    400, "malformed", "Content-Type, Content-Encoding and Inference-Header-Content-Length may stand once in a request"
-)
-LARGE_HEAD = refusal(431, "too_large", f"the request's path and headers are larger than {MAX_HEAD} bytes")
-
-
-class _RefusedHeadError(Exception):
-    """A head that is well-formed and refused all the same.
-
-    Attributes:
-        answer: What is said to that.
-    """
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.status)
-        self.answer = answer
 
 
 class _OverError(Exception):
@@ -84,21 +59,30 @@ class _Flow(FlowControl):
 
 
 class _Outlet:
-    """Where uvicorn writes an answer: the transport, but closed as its connection wishes."""
+    """Where uvicorn writes an answer: the transport, but closed as its connection wishes.
 
-    __slots__ = ("close", "is_closing", "write")
+    When a client goes, uvicorn tells that to the last of its pipelined requests alone.
+    """
+
+    __slots__ = ("_write", "close", "is_closing")
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self.write = transport.write
+        self._write = transport.write
         self.is_closing = transport.is_closing
         self.close = close
+
+    def write(self, data: bytes) -> None:
+        """Write, unless nobody is there any more."""
+        if not self.is_closing():
+            self._write(data)
 
 
 class BoundedConnection(HttpToolsProtocol):
     """uvicorn's connection, with an end to one that never sends a request or all its headers, or takes no answer."""
 
-    # a limit that belongs to the server: it makes a class of its own, see connection_class
+    # these belong to the server: it makes a class of its own, see connection_class
     max_connections = 1024
+    throttle: Throttle
 
     def connection_made(self, transport: Any) -> None:
         """Begin, unless there are far too many already; the one that has said nothing for longest then makes room."""
@@ -113,13 +97,14 @@ class BoundedConnection(HttpToolsProtocol):
         self.flow = _Flow(transport, self.pipeline)
         self._outlet = _Outlet(transport, self._leave)
         self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
-        self._writing: asyncio.TimerHandle | None = None
+        self._delivery = Delivery(transport, self.loop)
         self._looking: asyncio.TimerHandle | None = None
         # what has come of the request that is being read, and how many bytes since there was last a body or its headers
-        self._stage: Literal["nothing", "head", "headers", "body", "over"] = "nothing"
+        self._stage: Literal["nothing", "head", "headers", "body", "refused", "over"] = "nothing"
         self._unread = 0
         self._patience = HEADER_TIMEOUT
         self._idle_since: float | None = None
+        self._heard_all = False
 
     @property
     def is_idle(self) -> bool:
@@ -127,19 +112,25 @@ class BoundedConnection(HttpToolsProtocol):
         cycle: Any = self.cycle
         return cycle is None or (self._stage == "over" and not self.transport.get_write_buffer_size())
 
+    @property
+    def _is_answering(self) -> bool:
+        """Whether a request that is whole has no answer yet."""
+        cycle: Any = self.cycle
+        waits = cycle is not None and not cycle.response_complete
+        return bool(self.pipeline) or (waits and self._stage in ("nothing", "head"))
+
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         if self.transport is not None:
             self._stop_waiting()
-            if self._writing is not None:
-                self._writing.cancel()
+            self._delivery.stop()
             if self._looking is not None:
                 self._looking.cancel()
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; where nothing is being answered, wait only so long for the rest."""
-        if self._stage == "over":
+        if self._stage in ("refused", "over"):
             return
         self._idle_since = None
         rested = self._stage == "nothing" and not self._unread
@@ -149,8 +140,8 @@ class BoundedConnection(HttpToolsProtocol):
             at_once = rested and not rest
             while rest:
                 rest = self._parse(rest)
-            self._check_size(self._unread)
-        except (httptools.HttpParserError, _RefusedHeadError) as error:
+            check_size(self._unread)
+        except (httptools.HttpParserError, RefusedHeadError) as error:
             self._refuse(error)
             return
         self.have_read(data, at_once=at_once)
@@ -166,13 +157,23 @@ class BoundedConnection(HttpToolsProtocol):
         """
 
     def eof_received(self) -> bool:  # type: ignore[override] # asyncio's own may say so, uvicorn's does not
-        """Answer a client that sends no more, if what it has sent is whole; TLS has no such connection."""
+        """Answer a client that sends no more; TLS has no such connection."""
         cycle: Any = self.cycle
-        if self._stage != "nothing" or cycle is None or cycle.response_started or self.scheme == "https":
+        self._heard_all = True
+        if self._stage == "refused":
+            return True
+        if self._stage == "over" or (cycle is not None and cycle.response_started and not cycle.response_complete):
             return False
-        cycle.keep_alive = False
-        self._looking = self.loop.call_later(LOOK_INTERVAL, self._look, cycle)
-        return True
+        if self._is_answering:
+            if self.scheme == "https":
+                return False
+            cycle.keep_alive = False
+            self._looking = self.loop.call_later(LOOK_INTERVAL, self._look, cycle)
+            return True
+        if self._stage == "nothing" or (self._stage != "head" and cycle.response_complete):
+            return False
+        self._refuse(RefusedHeadError(CUT_SHORT))
+        return self.scheme != "https"
 
     def pause_writing(self) -> None:
         """Write no more: the client does not take what there is."""
@@ -188,14 +189,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Go on with a request whose headers are whole."""
-        self._check_size(sum(map(len, chain.from_iterable(self.headers)), len(self.url)))
-        self._check_host([value for name, value in self.headers if name == b"host"])
-        single = [name for name, _ in self.headers if name in _ONCE]
-        if len(set(single)) < len(single):
-            raise _RefusedHeadError(REPEATED)
-        codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
-        if codings not in ([], [b"chunked"]):  # the parser would pass a body on in a coding that nobody undoes
-            raise httptools.HttpParserError("its transfer coding is not chunked")
+        check_head(self.parser.get_http_version(), self.url, self.headers)
         if self.parser.should_upgrade():  # it is read again, see _parse
             return
         self._stage, self._unread = "headers", 0
@@ -225,7 +219,7 @@ class BoundedConnection(HttpToolsProtocol):
             return
         self.flow.resume_reading()
         if self.pipeline:
-            super()._start_asgi_task(*self.pipeline.pop())
+            BoundedConnection._start_asgi_task(self, *self.pipeline.pop())
             return
         self._idle_since = self.loop.time()
         if self.timeout_keep_alive_task is None:
@@ -245,12 +239,29 @@ class BoundedConnection(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Stop, once what was asked is answered; a body of which nothing has come is not waited for."""
         self._patience = LINGER
+        self.throttle.open()
         if self._stage == "over":
             self._leave()  # with less time, if it had more
             return
         super().shutdown()
         if self._stage == "headers" and self._waiting is None:
             self._waiting = self.loop.call_later(LINGER, self._give_up_body)
+
+    def needs_forward(self, app: Any, cycle: Any) -> bool:
+        """Tell whether a request is for a forward, as far as is known; others wait for their turn."""
+        del app, cycle
+        return True
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        """Begin with a request, when it is its turn."""
+        if self.needs_forward(app, cycle):
+            super()._start_asgi_task(cycle, app)
+        else:
+            self.throttle.call(functools.partial(self._take_turn, cycle, app))
+
+    def _take_turn(self, cycle: Any, app: Any) -> None:
+        if not cycle.disconnected:
+            super()._start_asgi_task(cycle, app)
 
     def _parse(self, data: bytes) -> bytes:
         """Read on, and return what is to be read again: a request that asked for another protocol, but without that."""
@@ -266,33 +277,35 @@ class BoundedConnection(HttpToolsProtocol):
             return b"\r\n".join([*lines, b"", data[upgrade.args[0] :]])
         return b""
 
-    def _check_size(self, size: int) -> None:
-        if size > MAX_HEAD:
-            raise _RefusedHeadError(LARGE_HEAD)
-
-    def _check_host(self, hosts: Sequence[bytes]) -> None:
-        enough = len(hosts) == 1 or (not hosts and self.parser.get_http_version() == "1.0")
-        if not enough or not all(map(_HOST.fullmatch, hosts)):
-            raise _RefusedHeadError(NO_HOST)
-
     def _refuse(self, error: Exception) -> None:
         """Answer what cannot be read, and end; but what was whole before has its answer first, and no other."""
         if self._stage == "over":
             return
         self.logger.warning("Invalid HTTP request received.")
         cycle: Any = self.cycle
-        if self.pipeline or (cycle is not None and not cycle.response_complete and self._stage in ("nothing", "head")):
+        if self._is_answering:
             cycle.keep_alive = False
             self.flow.pause_reading()
             return
         if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.close()
             return
-        causes = [cause.answer for cause in (error, error.__context__) if isinstance(cause, _RefusedHeadError)]
-        answer = causes[0] if causes else MALFORMED
-        self._write(answer.named(Identity({})), self.server_state.default_headers, b"connection: close\r\n\r\n")
-        self._stage = "nothing"  # that would be read on
-        self._leave()
+        answer = answer_to(error, self.parser.get_http_version())
+        self._drop_request()
+        self._stage = "refused"
+        self.throttle.call(functools.partial(self._leave_with, answer))
+
+    def _leave_with(self, answer: Answer) -> None:
+        if not self.transport.is_closing():
+            self._write(answer.named(Identity({})), self.server_state.default_headers, b"connection: close\r\n\r\n")
+            self._leave()
+
+    def _drop_request(self) -> None:
+        """Tell the application that nobody waits for its answer any more."""
+        cycle: Any = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def _leave(self) -> None:
         """Close behind the last answer, in stages: with input that nobody has read, the kernel would take it back.
@@ -300,22 +313,22 @@ class BoundedConnection(HttpToolsProtocol):
         What else the client sends is dropped for a while (RFC 9112, 9.6), a body as long as that of any early answer.
         """
         self._stop_waiting()
-        cycle: Any = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True
-            cycle.message_event.set()
-        if self._looking is not None or not self.transport.can_write_eof():  # all is read, or TLS sees to it
-            self.transport.close()
+        self._drop_request()
+        if self.transport.is_closing():
             return
-        self._see_answer_off()
+        if self._heard_all or not self.transport.can_write_eof():  # all is read, or TLS sees to it
+            self.transport.close()
+            self._see_answer_off()
+            return
         try:
             self.transport.write_eof()
         except OSError:  # the client has gone
             self.transport.abort()
             return
         limit = self._patience if self._stage in ("headers", "body") else LINGER
-        self._waiting = self.loop.call_later(limit, self.transport.close)
+        self._waiting = self.loop.call_later(limit, self._let_go)
         self._stage = "over"
+        self._delivery.begin()
         self.pipeline.clear()
         self.flow.resume_reading()
 
@@ -345,17 +358,16 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _see_answer_off(self) -> None:
         """Have the connection end if what is left of an answer is not taken."""
-        if self._writing is None and self.transport.get_write_buffer_size():
-            self._wait_for_client()
+        if self.transport.get_write_buffer_size():
+            self._delivery.begin()
 
-    def _wait_for_client(self, unsent: int | None = None) -> None:
-        """End the connection if nothing has been taken since there was so much to send, and wait again for the rest."""
-        left = self.transport.get_write_buffer_size()
-        self._writing = None
-        if left == unsent:
-            self.transport.abort()
-        elif left:
-            self._writing = self.loop.call_later(WRITE_TIMEOUT, self._wait_for_client, left)
+    def _let_go(self) -> None:
+        """Close, once the last answer has been taken."""
+        self._waiting = None
+        if self._delivery.left:
+            self._waiting = self.loop.call_later(LINGER, self._let_go)
+        else:
+            self.transport.close()
 
     def _stop_waiting(self) -> None:
         if self._waiting is not None:

@@ -13,6 +13,7 @@ from guardserve.service.bounds import BoundedConnection
 from guardserve.service.gateway import Gateway
 from guardserve.service.inference import Pending
 from guardserve.service.reading import is_small
+from guardserve.service.throttle import LINE, Throttle
 
 PATIENCE = 0.005
 """Seconds that a body may come after its headers to be answered the short way; many clients send them apart."""
@@ -95,6 +96,10 @@ class Connection(BoundedConnection):
             else:
                 self._go_on()
 
+    def needs_forward(self, app: Any, cycle: Any) -> bool:
+        """Tell whether a request is for a forward, as far as is known."""
+        return not isinstance(app, Service) or app.runs_forward(cycle.scope)
+
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """Begin with a request whose headers are there."""
         gateway = self._shortcut(app, cycle)
@@ -166,4 +171,5 @@ class Connection(BoundedConnection):
 
 def connection_class(max_connections: int) -> type[asyncio.Protocol]:
     """Return the class of a server's connections, of which there may be so many."""
-    return type("Connection", (Connection,), {"max_connections": max_connections})
+    throttle = Throttle(min(LINE, max_connections // 4))
+    return type("Connection", (Connection,), {"max_connections": max_connections, "throttle": throttle})

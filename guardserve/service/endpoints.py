@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Header, Response
 from fastapi.exceptions import HTTPException
-from starlette.concurrency import run_in_threadpool
 
 from guardserve import __version__
 from guardserve.metrics import Metrics, negotiated
@@ -19,6 +18,7 @@ from guardserve.service.images import FORMATS
 from guardserve.service.life import Life
 from guardserve.service.protocol import model_metadata, server_metadata
 from guardserve.service.schemas import ErrorBody, InferenceRequest, InferenceResponse, ModelMetadata, ServerMetadata
+from guardserve.service.throttle import Throttle
 
 BINARY_BODY = "The JSON, its byte count in the header Inference-Header-Content-Length, then the tensors."
 
@@ -31,13 +31,14 @@ def error_response(status: int, message: str, headers: dict[str, str] | None = N
 def metrics_router(metrics: Metrics) -> APIRouter:
     """Build the endpoint that Prometheus scrapes."""
     router = APIRouter(tags=["observability"])
+    throttle = Throttle()
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def scrape(accept: Annotated[str, Header(include_in_schema=False)] = "") -> Response:
         """Metrics in Prometheus' text format; to who accepts that as OpenMetrics, with exemplars."""
         content_type = negotiated(accept)
         headers = {"Content-Type": content_type, "Vary": "Accept"}
-        return Response(await run_in_threadpool(metrics.render, content_type), headers=headers)
+        return Response(await throttle.aside(lambda: metrics.render(content_type)), headers=headers)
 
     return router
 
@@ -65,11 +66,8 @@ class ProtocolEndpoints:
         answers |= {code: {"model": ErrorBody} for code in (400, 401, 404, 408, 413, 415, 422, 500, 503, 504)}
         unready: dict[int | str, dict[str, Any]] = {503: {"model": ErrorBody}}
         router.get("/v2")(self.server)
-        # some load balancers ask for health by HEAD
-        for methods, listed in ((["GET"], True), (["HEAD"], False)):
-            options: dict[str, Any] = {"methods": methods, "include_in_schema": listed, "response_class": Response}
-            router.add_api_route("/v2/health/live", self.live, **options)
-            router.add_api_route("/v2/health/ready", self.ready, responses=unready, **options)
+        router.get("/v2/health/live", response_class=Response)(self.live)
+        router.get("/v2/health/ready", response_class=Response, responses=unready)(self.ready)
         for prefix, kind in (("/v2/models/{model}", "model"), ("/v2/models/{model}/versions/{version}", "version")):
             unknown: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody}}
             router.get(prefix, operation_id=f"{kind}_metadata", responses=unknown)(self.metadata)

@@ -133,6 +133,25 @@ def test_unknown_paths_methods_models_and_versions_are_errors_in_the_protocols_f
         assert "'7'" in error(client.get("/v2/models/net/versions/7"), 404)
 
 
+@pytest.mark.parametrize(
+    "path", ["/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/net", "/v2/models/net/ready", "/metrics", "/ui"]
+)
+def test_head_is_answered_as_get_is_but_without_a_body(path: str) -> None:
+    """As probes ask; by the same connection the next answer comes whole. What is only posted is not allowed."""
+    with serving(net()) as client:
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        own = {"date", "x-request-id"} | ({"content-length"} if path == "/metrics" else set())
+        assert {n: v for n, v in head.headers.items() if n not in own} == {
+            n: v for n, v in get.headers.items() if n not in own
+        }
+        assert int(head.headers["content-length"]) > 0 or "health" in path or path.endswith("/ready")
+        assert client.head("/ui/events", timeout=5).status_code == 200
+        assert (client.head("/none").status_code, client.head(INFER).status_code) == (404, 405)
+        assert client.head(INFER).headers["allow"] == "POST"
+        assert client.post(path).headers["allow"] == "GET, HEAD"
+
+
 def test_a_body_that_is_too_large_is_refused_by_its_length_and_as_it_arrives() -> None:
     """Neither a declared length nor a stream gets past the limit."""
     with serving(net(), max_body_size=1000) as client:

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from serving import loaded, metric, serving, wait_until
 from torch import nn
 
 from guardserve.runtime import Runtime
-from guardserve.service import bounds, inference, reading
+from guardserve.service import bounds, delivery, inference, reading
 from guardserve.service.app import create_app
 from guardserve.service.background import serve_in_background
 from guardserve.service.connection import PATIENCE, Connection
@@ -305,6 +306,27 @@ def test_the_last_answer_is_whole_whatever_is_sent_behind_it(pause: float) -> No
         assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == 1
 
 
+def test_an_answer_that_is_taken_late_is_whole_whatever_was_sent_behind_it() -> None:
+    """Later than what is sent behind it is read for, once it is taken."""
+    with (
+        mock.patch.object(bounds, "LINGER", 0.1),
+        serving(Echo(copies=200_000)) as client,  # 2.4 MB
+        socket.socket() as sock,
+    ):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        sock.settimeout(20)
+        sock.connect((client.base_url.host, client.base_url.port))
+        sock.sendall(request(1, "Connection: close"))
+        wait_until(lambda: metric(client, 'guardserve_requests_total{model="net",status="200"}') == 1)
+        for _ in range(10):
+            time.sleep(0.1)
+            sock.sendall(request(2))
+        with sock.makefile("rb") as file:
+            status, headers, body = Wire(sock, file).answer()
+            assert (status, headers["connection"], len(body)) == (200, "close", int(headers["content-length"]))
+            assert file.read() == b"", "it ends in order"
+
+
 def test_a_client_that_sends_on_behind_its_last_answer_is_let_go() -> None:
     """What it sends is read for a while only; one that sends nothing, and does not close, is not kept either."""
     app = create_app(Runtime(loaded(Echo())))
@@ -366,7 +388,7 @@ def test_a_client_that_does_not_read_is_not_written_to_without_end() -> None:
 def test_a_client_that_takes_no_answer_is_let_go() -> None:
     """Its connection ends, as what it asked for would wait for ever; one that takes some, slowly, is kept."""
     with (
-        mock.patch.object(bounds, "WRITE_TIMEOUT", 1.5),
+        mock.patch.object(delivery, "WRITE_TIMEOUT", 1.5),
         serving(Echo(copies=500_000)) as client,  # 6 MB
         connected(client) as slow,
         connected(client) as idle,
@@ -414,7 +436,7 @@ def test_a_client_that_leaves_the_end_of_its_answers_is_let_go() -> None:
         made(connection, transport)
 
     with (
-        mock.patch.object(bounds, "WRITE_TIMEOUT", 0.3),
+        mock.patch.object(delivery, "WRITE_TIMEOUT", 0.3),
         mock.patch.object(Connection, "connection_made", narrow),
         mock.patch.object(Connection, "connection_lost", lose),
         serving(Echo(copies=500)) as client,
@@ -451,6 +473,22 @@ def test_pipelined_requests_are_read_as_they_are_answered() -> None:
         assert 200 <= begun.call_count < 200 + 2 * 2**18 / len(request(1))
         connection.socket.shutdown(socket.SHUT_RDWR)
         sender.join(20)
+
+
+def test_a_client_that_goes_away_between_pipelined_requests_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """The answer to the first is nobody's, though another came behind it."""
+    model = Echo()
+    with serving(model) as client, connected(client) as connection:
+        connection.socket.sendall(request(77, "X-Long: way") + request(1) + b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n")
+        wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 1)
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.file.close()
+        connection.socket.close()
+        time.sleep(0.1)
+        model.open.set()
+        wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 0)
+        assert client.get("/v2/health/live").status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_middleware_around_the_application_sees_every_request(short: mock.Mock) -> None:

@@ -24,8 +24,8 @@ from torch import nn
 from guardserve.engine import Result
 from guardserve.service import bounds
 from guardserve.service.answer import Answer
-from guardserve.service.bounds import MAX_HEAD
 from guardserve.service.connection import Connection
+from guardserve.service.heads import MAX_HEAD
 from guardserve.service.inference import Inference
 from guardserve.service.request import InferRequest
 
@@ -361,15 +361,64 @@ def test_pipelined_requests_are_all_answered_to_a_client_that_sends_no_more() ->
         assert read_all(old).startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.parametrize("part", [POST, POST + b"Content-Length: 10\r\n\r\n", request()[:-1], LIVE, b""])
-def test_a_client_that_sends_no_more_in_the_middle_of_a_request_is_let_go(part: bytes) -> None:
-    """At once: what is missing cannot come."""
+CHUNK = POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
+
+CUT = [
+    POST,
+    POST + b"Content-Length: 10\r\n\r\n",
+    request()[:-1],
+    request(body=b" " * 2**18)[:-1],
+    CHUNK,
+    CHUNK + b"0\r\n",
+    POST + b"Expect: 100-continue\r\nContent-Length: 10\r\n\r\n",
+    LIVE,
+]
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.2], ids=["at once", "later"])
+@pytest.mark.parametrize("part", CUT)
+def test_a_client_that_sends_no_more_in_the_middle_of_a_request_is_told(part: bytes, pause: float) -> None:
+    """400 at once, as what is missing cannot come, and the connection ends; so does one on which nothing was asked."""
+    with serving(Waits()) as client, raw(client) as sock, raw(client) as later, raw(client) as silent:
+        silent.shutdown(socket.SHUT_WR)
+        assert read_all(silent) == b""
+        later.sendall(request())
+        assert later.recv(2**16).startswith(b"HTTP/1.1 200")
+        for each in (sock, later):
+            each.sendall(part)
+            time.sleep(pause)
+            each.shutdown(socket.SHUT_WR)
+            began = time.monotonic()
+            answer = read_all(each).removeprefix(bounds.CONTINUE)
+            assert "in the middle of the request" in refused(answer, 400)
+            assert time.monotonic() - began < 5
+        wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 0)
+
+
+def test_what_is_whole_before_a_request_that_is_cut_short_is_answered_alone() -> None:
+    """As it is before anything else that cannot be read."""
     with serving(Waits()) as client, raw(client) as sock:
-        sock.sendall(part)
+        sock.sendall(request(body=content(77)) + request()[:30])
         sock.shutdown(socket.SHUT_WR)
-        began = time.monotonic()
-        assert read_all(sock) == b""
-        assert time.monotonic() - began < 5
+        assert [line for line in read_all(sock).splitlines() if line.startswith(b"HTTP/1.1 ")] == [
+            b"HTTP/1.1 100 Continue",
+            b"HTTP/1.1 200 OK",
+        ]
+
+
+@pytest.mark.parametrize("version", [b"2.0", b"0.9", b"1.2", b"3.0", b"2"])
+def test_another_version_of_http_is_not_taken_for_one_that_is_spoken(version: bytes) -> None:
+    """505, on a fresh connection and on a used one, also for the first bytes of HTTP/2."""
+    other = request(b"Connection: Upgrade", b"Upgrade: h2c").replace(b"HTTP/1.1", b"HTTP/" + version, 1)
+    with serving(Waits()) as client, raw(client) as first, raw(client) as used, raw(client) as preface:
+        first.sendall(other)
+        assert "HTTP/1.1" in refused(read_all(first), 505)
+        used.sendall(request())
+        assert used.recv(2**16).startswith(b"HTTP/1.1 200")
+        used.sendall(other)
+        refused(read_all(used), 505)
+        preface.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        refused(read_all(preface), 505)
 
 
 def test_an_answer_is_let_go_of_though_its_request_had_time_left() -> None:

@@ -1,0 +1,92 @@
+"""Turns for what needs no forward: a flood of it leaves forwards their share of the interpreter."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+from starlette.concurrency import run_in_threadpool
+
+INTERVAL = 1e-3
+"""Seconds between two turns, on average: what has one takes about a tenth of that."""
+
+ROUND = 8e-3
+"""Seconds after which those that wait have their turns, all whose time has come: each time a forward is interrupted."""
+
+CREDIT = 32e-3
+"""Seconds whose turns, where nobody took them, may be taken at once."""
+
+SHARE = 0.2
+"""Of one processor, that what is done aside may take."""
+
+LINE = 256
+"""Most that wait; when more come the first goes on at once, lest they take up the connections that others may have."""
+
+T = TypeVar("T")
+
+
+class Throttle:
+    """Gives one after the other its turn; where few come they have it at once. It is for one event loop.
+
+    Args:
+        line: Most that wait.
+    """
+
+    def __init__(self, line: int = LINE) -> None:
+        self._line = line
+        self._interval = INTERVAL
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._next = 0.0
+
+    def call(self, work: Callable[[], object]) -> None:
+        """Call a function when it is its turn."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if not self._waiting:
+            self._next = max(self._next, now - CREDIT)
+            if self._next <= now:
+                self._next += self._interval
+                work()
+                return
+            self._wait(loop, now)
+        self._waiting.append(work)
+        if len(self._waiting) > self._line:
+            self._waiting.popleft()()
+
+    def open(self) -> None:
+        """Keep nobody waiting any more."""
+        self._interval = self._next = 0.0
+        self._go_on()
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Call a function on a thread when it is its turn; the more that takes, the longer the next ones wait."""
+        turn = asyncio.Event()
+        self.call(turn.set)
+        await turn.wait()
+
+        def timed() -> T:
+            began = time.thread_time()
+            try:
+                return work()
+            finally:
+                self._interval = max(INTERVAL, (time.thread_time() - began) / SHARE)
+
+        return await run_in_threadpool(timed)
+
+    def _wait(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
+        loop.call_later(max(ROUND, self._next - now), self._go_on)
+
+    def _go_on(self) -> None:
+        """Give those their turns whose time has come."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        try:
+            while self._waiting and self._next <= now:
+                self._next += self._interval
+                self._waiting.popleft()()
+        finally:
+            if self._waiting:
+                self._wait(loop, now)
