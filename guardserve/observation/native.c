@@ -1,7 +1,7 @@
 /* What one layer of a forward shows, summed up where it is, in one pass: the hot path of the monitor.
  *
  * torch's own operations would take several of them, each tens of microseconds between the layers of a model, where
- * caches hold other things. Sums are taken in float64: exact enough for any mean, and memory is what takes the time.
+ * caches hold other things. All is taken as the deviation from a channel's first value, so that any mean will do.
  */
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
@@ -16,16 +16,19 @@
 #define FOR_EACH_PROCESSOR
 #endif
 
-#define CHANNELS_AT_ONCE 128 /* their sums stay in the first cache */
-#define LONG (1 << 18)       /* values from which on other threads may run meanwhile */
+#define CHANNELS_AT_ONCE 128  /* their sums stay in the first cache */
+#define POSITIONS_AT_ONCE 256 /* added up in float32, and then in float64 */
+#define FEWEST_AT_ONCE 8      /* fewer are as fast one by one */
+#define LONG (1 << 18)        /* values from which on other threads may run meanwhile */
 
 typedef struct {
     PyObject_HEAD
-    PyObject *shape, *stride, *strips, *starts, *memory;
+    PyObject *shape, *stride, *starts, *begins, *memory;
     const int64_t *strip;
     const float *anchor;
     float *mean, *variance;
-    int64_t samples, channels, apart, count, length, step, row;
+    int64_t samples, channels, apart, strips, length, step, row;
+    double share;
     long long turn;
 } Slot;
 
@@ -54,25 +57,24 @@ static inline float from_half(uint16_t value)
 static void finish(const Slot *slot, int64_t channel, double first, double sum, double squares, float *mean,
                    float *variance)
 {
-    double average = sum / slot->count, spread = squares / slot->count - average * average;
+    double average = sum * slot->share, spread = squares * slot->share - average * average;
     mean[channel] = (float)(first - slot->anchor[channel] + average);
     if (variance)
         variance[channel] = spread < 0 ? 0 : (float)spread;
 }
 
-/* Sums up one sample: with channels side by side in memory, or with positions so. */
+/* Sums up one sample: with channels side by side in memory, or strips of positions, or neither. */
 #define DEFINE_SUMS(TYPE, LOAD)                                                                                        \
     FOR_EACH_PROCESSOR static void channels_##LOAD(const Slot *slot, const TYPE *x, float *mean, float *variance)      \
     {                                                                                                                  \
         double origin[CHANNELS_AT_ONCE], sum[CHANNELS_AT_ONCE], squares[CHANNELS_AT_ONCE];                             \
         for (int64_t first = 0; first < slot->channels; first += CHANNELS_AT_ONCE) {                                   \
             int64_t left = slot->channels - first, width = left < CHANNELS_AT_ONCE ? left : CHANNELS_AT_ONCE;          \
-            const TYPE *begin = x + *slot->strip + first;                                                              \
             for (int64_t c = 0; c < width; c++) {                                                                      \
-                origin[c] = LOAD(begin[c]);                                                                            \
+                origin[c] = LOAD(x[first + c]);                                                                        \
                 sum[c] = squares[c] = 0;                                                                               \
             }                                                                                                          \
-            for (const int64_t *strip = slot->strip; strip < slot->strip + slot->count / slot->length; strip++)        \
+            for (const int64_t *strip = slot->strip; strip < slot->strip + slot->strips; strip++)                      \
                 for (int64_t i = 0; i < slot->length; i++) {                                                           \
                     const TYPE *here = x + *strip + i * slot->step + first;                                            \
                     for (int64_t c = 0; c < width; c++) {                                                              \
@@ -86,29 +88,51 @@ static void finish(const Slot *slot, int64_t channel, double first, double sum, 
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
-    FOR_EACH_PROCESSOR static void positions_##LOAD(const Slot *slot, const TYPE *x, float *mean, float *variance)     \
+    FOR_EACH_PROCESSOR static void strips_##LOAD(const Slot *slot, const TYPE *x, float *mean, float *variance)        \
     {                                                                                                                  \
         for (int64_t c = 0; c < slot->channels; c++, x += slot->apart) {                                               \
-            double origin = LOAD(x[*slot->strip]), sum = 0, squares = 0;                                               \
-            for (const int64_t *strip = slot->strip; strip < slot->strip + slot->count / slot->length; strip++) {      \
-                const TYPE *here = x + *strip;                                                                         \
-                _Pragma("omp simd reduction(+ : sum, squares)")                                                        \
+            float origin = LOAD(*x);                                                                                   \
+            double sum = 0, squares = 0;                                                                               \
+            for (const int64_t *strip = slot->strip; strip < slot->strip + slot->strips; strip++)                      \
+                for (int64_t first = 0; first < slot->length; first += POSITIONS_AT_ONCE) {                            \
+                    int64_t left = slot->length - first, count = left < POSITIONS_AT_ONCE ? left : POSITIONS_AT_ONCE;  \
+                    const TYPE *here = x + *strip + first;                                                             \
+                    float few = 0, few_squares = 0;                                                                    \
+                    _Pragma("omp simd reduction(+ : few, few_squares)")                                                \
+                    for (int64_t i = 0; i < count; i++) {                                                              \
+                        float deviation = LOAD(here[i]) - origin;                                                      \
+                        few += deviation;                                                                              \
+                        few_squares += deviation * deviation;                                                          \
+                    }                                                                                                  \
+                    sum += few;                                                                                        \
+                    squares += few_squares;                                                                            \
+                }                                                                                                      \
+            finish(slot, c, origin, sum, squares, mean, variance);                                                     \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    static void positions_##LOAD(const Slot *slot, const TYPE *x, float *mean, float *variance)                        \
+    {                                                                                                                  \
+        for (int64_t c = 0; c < slot->channels; c++, x += slot->apart) {                                               \
+            double origin = LOAD(*x), sum = 0, squares = 0;                                                            \
+            for (const int64_t *strip = slot->strip; strip < slot->strip + slot->strips; strip++)                      \
                 for (int64_t i = 0; i < slot->length; i++) {                                                           \
-                    double deviation = LOAD(here[i * slot->step]) - origin;                                            \
+                    double deviation = LOAD(x[*strip + i * slot->step]) - origin;                                      \
                     sum += deviation;                                                                                  \
                     squares += deviation * deviation;                                                                  \
                 }                                                                                                      \
-            }                                                                                                          \
             finish(slot, c, origin, sum, squares, mean, variance);                                                     \
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
     static void samples_##LOAD(const Slot *slot, const TYPE *x, const int64_t *starts)                                 \
     {                                                                                                                  \
+        int strips = slot->step == 1 && slot->length >= FEWEST_AT_ONCE;                                                \
         for (int64_t n = 0; n < slot->samples; n++) {                                                                  \
             float *mean = slot->mean + n * slot->row;                                                                  \
             float *variance = slot->variance ? slot->variance + n * slot->row : NULL;                                  \
-            (slot->apart == 1 ? channels_##LOAD : positions_##LOAD)(slot, x + starts[n], mean, variance);              \
+            (slot->apart == 1 ? channels_##LOAD : strips ? strips_##LOAD : positions_##LOAD)(slot, x + starts[n], mean,\
+                                                                                               variance);              \
         }                                                                                                              \
     }
 
@@ -172,7 +196,7 @@ static PyObject *Slot_take(Slot *slot, PyObject *const *arguments, Py_ssize_t co
     if (PyErr_Occurred())
         return NULL;
     const int64_t *starts = (const int64_t *)PyBytes_AsString(slot->starts);
-    PyThreadState *state = slot->samples * slot->channels * slot->count >= LONG ? PyEval_SaveThread() : NULL;
+    PyThreadState *state = slot->samples * slot->channels * slot->strips * slot->length >= LONG ? PyEval_SaveThread() : NULL;
     if (kind == 0)
         samples_from_float(slot, x, starts);
     else if (kind == 1)
@@ -227,7 +251,8 @@ static int Slot_init(Slot *slot, PyObject *arguments, PyObject *keywords)
     slot->apart = apart;
     slot->length = length;
     slot->step = step;
-    slot->count = length * (PyBytes_Size(strips) / (Py_ssize_t)sizeof(int64_t));
+    slot->strips = PyBytes_Size(strips) / (Py_ssize_t)sizeof(int64_t);
+    slot->share = 1.0 / (double)(slot->strips * length);
     slot->row = row;
     slot->strip = (const int64_t *)PyBytes_AsString(strips);
     slot->anchor = (const float *)(uintptr_t)anchor;
@@ -240,7 +265,7 @@ static int Slot_init(Slot *slot, PyObject *arguments, PyObject *keywords)
     Py_INCREF(memory);
     slot->shape = shape;
     slot->stride = stride;
-    slot->strips = strips;
+    slot->begins = strips;
     slot->memory = memory;
     return 0;
 }
@@ -250,7 +275,7 @@ static void Slot_dealloc(Slot *slot)
     PyTypeObject *type = Py_TYPE(slot);
     Py_XDECREF(slot->shape);
     Py_XDECREF(slot->stride);
-    Py_XDECREF(slot->strips);
+    Py_XDECREF(slot->begins);
     Py_XDECREF(slot->starts);
     Py_XDECREF(slot->memory);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(slot);
