@@ -55,6 +55,9 @@ UNKNOWN = 4
 PARTS = 8
 """Places of production's mean whose measurements are compared."""
 
+STUDENT = 2.365
+"""Standard errors that a 95 % interval reaches where eight (:data:`PARTS`) measurements tell the error: Student's t."""
+
 Thresholds = npt.NDArray[np.float64]
 
 
@@ -343,7 +346,7 @@ def measure(
     mean_length = mean_run_length(total, streams * PARTS, horizon)
     halves = [int(alarms(held_out.half(rng).moved(mean))[row]) for mean in means]
     logs = np.log([mean_run_length(count, streams, horizon) for count in halves])
-    error = 1.96 * math.sqrt(max(float(logs.var(ddof=1)), 1 / (total + 0.5)))
+    error = max(STUDENT * float(logs.std(ddof=1)), 1.96 / math.sqrt(total + 0.5))
     return RunLength(mean_length, mean_length * math.exp(-error), mean_length * math.exp(error))
 
 
