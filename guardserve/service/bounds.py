@@ -234,7 +234,7 @@ class BoundedConnection(HttpToolsProtocol):
         if left > 0:
             self._wait_for_request(left)
         else:
-            super().timeout_keep_alive_handler()
+            self._close()
 
     def shutdown(self) -> None:
         """Stop, once what was asked is answered; a body of which nothing has come is not waited for."""
@@ -244,7 +244,9 @@ class BoundedConnection(HttpToolsProtocol):
             self._leave()  # with less time, if it had more
             return
         super().shutdown()
-        if self._stage == "headers" and self._waiting is None:
+        if self.transport.is_closing():
+            self._close()
+        elif self._stage == "headers" and self._waiting is None:
             self._waiting = self.loop.call_later(LINGER, self._give_up_body)
 
     def needs_forward(self, app: Any, cycle: Any) -> bool:
@@ -317,7 +319,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._heard_all or not self.transport.can_write_eof():  # all is read, or TLS sees to it
-            self.transport.close()
+            self._close()
             self._see_answer_off()
             return
         try:
@@ -361,11 +363,20 @@ class BoundedConnection(HttpToolsProtocol):
         if self.transport.get_write_buffer_size():
             self._delivery.begin()
 
+    def _close(self) -> None:
+        """Close behind what there is to send; TLS would wait half a minute for the client to agree."""
+        self._stop_waiting()
+        self.transport.close()
+        if self.scheme == "https":
+            self._waiting = self.loop.call_later(LINGER, self._let_go)
+
     def _let_go(self) -> None:
-        """Close, once the last answer has been taken."""
+        """End, once the last answer has been taken."""
         self._waiting = None
         if self._delivery.left:
             self._waiting = self.loop.call_later(LINGER, self._let_go)
+        elif self.transport.is_closing():
+            self.transport.abort()
         else:
             self.transport.close()
 
@@ -378,7 +389,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._waiting = None
         # while requests wait for their turn nothing is read: it is not the client who lets the other wait
         if not self.pipeline and not self.transport.is_closing():
-            self.transport.close()
+            self._close()
 
     def _give_up_body(self) -> None:
         self._waiting = None
