@@ -5,8 +5,8 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "guardserve.observation.native",
-            ["guardserve/observation/native.c"],
+            "guardserve.native",
+            ["guardserve/native.c"],
             extra_compile_args=["-std=c11", "-O3", "-fopenmp-simd"],
             py_limited_api=True,
             optional=True,  # without a compiler all is the same, but slower

@@ -266,7 +266,7 @@ def test_it_brings_nothing_of_the_build(container: Container) -> None:
     assert container.run("ls", "/var/cache/pip").stdout == ""
     assert container.run("cat", "/etc/pip.conf").stdout == ""
     assert "+cpu" in container.run("python", "-c", "import torch; print(torch.__version__)").stdout
-    assert container.run("python", "-c", "import guardserve.observation.native").returncode == 0
+    assert container.run("python", "-c", "import guardserve.native").returncode == 0
 
 
 def test_it_stops_on_its_signal_within_the_drain_time(container: Container, configuration: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from guardserve import EvalGuard, NonFiniteOutputError
+from guardserve import EvalGuard, NonFiniteOutputError, native
 from guardserve.nonfinite import find_nonfinite, is_finite, named_tensors
 
 
@@ -96,6 +96,32 @@ def test_unusual_tensors_are_looked_into(make: Callable[[torch.Tensor], torch.Te
 def test_opposite_infinities_are_not_hidden_by_their_sum() -> None:
     """Infinity minus infinity is NaN, so the sum still shows them."""
     assert not is_finite(torch.tensor([float("inf"), -float("inf")]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("size", [1, 7, 4096, 4097, 70_001])
+def test_one_value_in_many_is_found_wherever_it_is(dtype: torch.dtype, bad: float, size: int) -> None:
+    """The first, the last, one in the middle; the values beside a view's own do not count."""
+    x = torch.full((size + 2,), torch.finfo(dtype).max, dtype=dtype)
+    x[1::2] = torch.finfo(dtype).tiny
+    x[0] = x[-1] = bad
+    assert native.is_finite(x[1:-1]) is is_finite(x[1:-1]) is True
+    for place in {0, size // 2, size - 1}:
+        y = x[1:-1].clone()
+        y[place] = bad
+        assert native.is_finite(y) is is_finite(y) is False
+
+
+def test_what_is_compiled_leaves_the_rest_to_torch() -> None:
+    """Whatever does not lie side by side in memory, or is no plain tensor of floats."""
+    x = torch.randn(4, 6)
+    others: list[object] = [
+        *(x.t(), x[:, ::2], x.to("meta"), x.to_sparse(), x.to_mkldnn()),
+        *(nn.Parameter(x), x.to(torch.complex64), x.long(), torch.empty(0), x.numpy(), None),
+    ]
+    assert [native.is_finite(value) for value in others] == [None] * len(others)
+    assert torch.vmap(lambda row: row * float(native.is_finite(row) is None))(x).equal(x)
 
 
 def test_integers_scalars_and_empty_tensors_are_handled() -> None:

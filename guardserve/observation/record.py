@@ -12,7 +12,7 @@ from guardserve.observation.sheets import Sheet
 from guardserve.observation.workspace import Layout, Place
 
 if TYPE_CHECKING:
-    from guardserve.observation.native import Slot
+    from guardserve.native import Slot
 
 _CHANNELS = 2**13
 """What a model is taken to have, where nobody has counted."""

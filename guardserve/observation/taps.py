@@ -44,7 +44,7 @@ from guardserve.observation.workspace import NATIVE, Place, Workspace, fits
 from guardserve.tracing import this_thread
 
 if TYPE_CHECKING:
-    from guardserve.observation.native import Slot
+    from guardserve.native import Slot
 
 TIMED = 16
 """One forward in so many is timed."""

@@ -18,7 +18,7 @@ import torch
 from guardserve.observation.reading import Plan, Rows
 
 try:
-    from guardserve.observation.native import Slot
+    from guardserve.native import Slot
 except ImportError:
     NATIVE = False
 else:

@@ -340,7 +340,7 @@ def test_without_what_is_compiled_layers_are_read_all_the_same() -> None:
     """And the log says that it takes longer."""
     code = """
 import logging, sys
-sys.modules["guardserve.observation.native"] = None
+sys.modules["guardserve.native"] = None
 logging.basicConfig(level="INFO")
 import torch
 from guardserve import Monitor

@@ -1,7 +1,7 @@
-/* What one layer of a forward shows, summed up where it is, in one pass: the hot path of the monitor.
+/* What is done for every forward, or every layer of one, in the place of torch's operations.
  *
- * torch's own operations would take several of them, each tens of microseconds between the layers of a model, where
- * caches hold other things. All is taken as the deviation from a channel's first value, so that any mean will do.
+ * Each of these takes tens of microseconds where caches hold other things, as they do between the layers of a model and
+ * behind its last one, however little it does.
  */
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
@@ -19,7 +19,9 @@
 #define CHANNELS_AT_ONCE 128  /* their sums stay in the first cache */
 #define POSITIONS_AT_ONCE 256 /* added up in float32, and then in float64 */
 #define FEWEST_AT_ONCE 8      /* fewer are as fast one by one */
-#define LONG (1 << 18)        /* values from which on other threads may run meanwhile */
+#define LONG (1 << 16)        /* values from which on other threads may run meanwhile */
+
+enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, KINDS };
 
 typedef struct {
     PyObject_HEAD
@@ -32,7 +34,7 @@ typedef struct {
     long long turn;
 } Slot;
 
-static PyObject *Tensor, *dtypes[3], *name_shape, *name_stride, *name_dtype, *name_is_cpu, *name_is_neg, *name_data_ptr;
+static PyObject *Tensor, *strided, *dtypes[KINDS], *name_layout, *name_is_contiguous, *name_numel, *name_shape, *name_stride, *name_dtype, *name_is_cpu, *name_is_neg, *name_data_ptr;
 
 static inline float from_float(float value) { return value; }
 
@@ -155,18 +157,26 @@ static int equals(PyObject *found, PyObject *expected)
     return equal;
 }
 
+/* Tells of which kind a tensor's values are, if of any; -1 on an error. */
+static int kind_of(PyObject *x, int *kind)
+{
+    PyObject *dtype = PyObject_GetAttr(x, name_dtype);
+    Py_XDECREF(dtype);
+    if (!dtype)
+        return -1;
+    for (*kind = 0; *kind < KINDS && dtypes[*kind] != dtype; ++*kind)
+        ;
+    return *kind < KINDS;
+}
+
 /* Tells whether the slot takes a tensor, and of which kind its values are; -1 on an error. */
 static int fits(const Slot *slot, PyObject *x, int *kind)
 {
     if ((PyObject *)Py_TYPE(x) != Tensor)
         return 0;
-    PyObject *dtype = PyObject_GetAttr(x, name_dtype);
-    Py_XDECREF(dtype);
-    if (!dtype)
-        return -1;
-    for (*kind = 0; *kind < 3 && dtypes[*kind] != dtype; ++*kind)
-        ;
-    int fit = *kind < 3;
+    int fit = kind_of(x, kind);
+    if (fit > 0 && *kind == FLOAT64)
+        fit = 0;
     if (fit > 0)
         fit = equals(PyObject_GetAttr(x, name_shape), slot->shape);
     if (fit > 0)
@@ -197,9 +207,9 @@ static PyObject *Slot_take(Slot *slot, PyObject *const *arguments, Py_ssize_t co
         return NULL;
     const int64_t *starts = (const int64_t *)PyBytes_AsString(slot->starts);
     PyThreadState *state = slot->samples * slot->channels * slot->strips * slot->length >= LONG ? PyEval_SaveThread() : NULL;
-    if (kind == 0)
+    if (kind == FLOAT32)
         samples_from_float(slot, x, starts);
-    else if (kind == 1)
+    else if (kind == BFLOAT16)
         samples_from_bfloat16(slot, x, starts);
     else
         samples_from_half(slot, x, starts);
@@ -327,21 +337,87 @@ static PyType_Slot Slot_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec Slot_spec = {"guardserve.observation.native.Slot", sizeof(Slot), 0, Py_TPFLAGS_DEFAULT, Slot_slots};
+static PyType_Spec Slot_spec = {"guardserve.native.Slot", sizeof(Slot), 0, Py_TPFLAGS_DEFAULT, Slot_slots};
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "guardserve.observation.native", NULL, -1,
-                                        NULL, NULL, NULL, NULL, NULL};
+#define VALUES_AT_ONCE 4096 /* so many are looked at before it is asked whether one was not finite */
+
+#define DEFINE_ARE_FINITE(TYPE)                                                                                        \
+    FOR_EACH_PROCESSOR static int are_finite_##TYPE(const TYPE *values, int64_t count, TYPE exponent)                  \
+    {                                                                                                                  \
+        for (int64_t first = 0; first < count; first += VALUES_AT_ONCE) {                                              \
+            int64_t left = count - first, some = left < VALUES_AT_ONCE ? left : VALUES_AT_ONCE;                        \
+            TYPE bad = 0;                                                                                              \
+            for (int64_t i = 0; i < some; i++)                                                                         \
+                bad |= (values[first + i] & exponent) == exponent;                                                     \
+            if (bad)                                                                                                   \
+                return 0;                                                                                              \
+        }                                                                                                              \
+        return 1;                                                                                                      \
+    }
+
+DEFINE_ARE_FINITE(uint16_t)
+DEFINE_ARE_FINITE(uint32_t)
+DEFINE_ARE_FINITE(uint64_t)
+
+/* Tells whether a tensor's values lie one after the other in memory, and of which kind and how many they are. */
+static const void *values_of(PyObject *x, int *kind, int64_t *count)
+{
+    if ((PyObject *)Py_TYPE(x) != Tensor || kind_of(x, kind) <= 0 || is(x, name_layout, strided) <= 0 ||
+        is(x, name_is_cpu, Py_True) <= 0 || equals(PyObject_CallMethodObjArgs(x, name_is_contiguous, NULL), Py_True) <= 0)
+        return NULL;
+    PyObject *number = PyObject_CallMethodObjArgs(x, name_numel, NULL);
+    PyObject *address = number ? PyObject_CallMethodObjArgs(x, name_data_ptr, NULL) : NULL;
+    *count = number ? PyLong_AsLongLong(number) : 0;
+    const void *values = address ? PyLong_AsVoidPtr(address) : NULL;
+    Py_XDECREF(number);
+    Py_XDECREF(address);
+    return values;
+}
+
+static PyObject *is_finite(PyObject *module, PyObject *x)
+{
+    (void)module;
+    int kind = 0;
+    int64_t count = 0;
+    const void *values = values_of(x, &kind, &count);
+    PyErr_Clear();
+    if (!values)
+        Py_RETURN_NONE;
+    PyThreadState *state = count >= LONG ? PyEval_SaveThread() : NULL;
+    int finite;
+    if (kind == FLOAT32)
+        finite = are_finite_uint32_t(values, count, 0x7f800000);
+    else if (kind == FLOAT64)
+        finite = are_finite_uint64_t(values, count, 0x7ff0000000000000);
+    else
+        finite = are_finite_uint16_t(values, count, kind == FLOAT16 ? 0x7c00 : 0x7f80);
+    if (state)
+        PyEval_RestoreThread(state);
+    return PyBool_FromLong(finite);
+}
+
+static PyMethodDef functions[] = {
+    {"is_finite", is_finite, METH_O,
+     "Tell whether a tensor holds neither NaN nor infinity; None if it is not one of floats side by side on the CPU."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "guardserve.native", NULL, -1, functions, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit_native(void)
 {
-    static const char *dtype_names[3] = {"float32", "bfloat16", "float16"};
+    static const char *dtype_names[KINDS] = {"float32", "bfloat16", "float16", "float64"};
     PyObject *torch = PyImport_ImportModule("torch");
     if (!torch)
         return NULL;
     Tensor = PyObject_GetAttrString(torch, "Tensor");
-    for (int i = 0; i < 3; i++)
+    strided = PyObject_GetAttrString(torch, "strided");
+    for (int i = 0; i < KINDS; i++)
         dtypes[i] = PyObject_GetAttrString(torch, dtype_names[i]);
     Py_DECREF(torch);
+    name_layout = PyUnicode_InternFromString("layout");
+    name_is_contiguous = PyUnicode_InternFromString("is_contiguous");
+    name_numel = PyUnicode_InternFromString("numel");
     name_shape = PyUnicode_InternFromString("shape");
     name_stride = PyUnicode_InternFromString("stride");
     name_dtype = PyUnicode_InternFromString("dtype");
