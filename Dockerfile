@@ -41,13 +41,13 @@ RUN --mount=type=cache,target=/var/cache/pip --mount=type=secret,id=pip,target=/
     pip --python /venv/bin/python install --constraint constraints.txt torch \
     || { echo "No torch for TORCH_BUILD=${TORCH_BUILD}: see the top of the Dockerfile for the index it needs" >&2; exit 1; }
 
-COPY pyproject.toml setup.py ./
+COPY pyproject.toml ./
 RUN --mount=type=cache,target=/var/cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
       > requirements.txt \
     && pip --python /venv/bin/python install --constraint constraints.txt --requirement requirements.txt
 
-COPY README.md LICENSE ./
+COPY README.md LICENSE setup.py ./
 COPY guardserve guardserve
 RUN --mount=type=cache,target=/var/cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip --python /venv/bin/python install --no-deps --prefix /package .

@@ -63,4 +63,4 @@ $(VENV)/.lint: $(VENV)/.venv pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist guardserve/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

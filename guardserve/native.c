@@ -34,7 +34,9 @@ typedef struct {
     long long turn;
 } Slot;
 
-static PyObject *Tensor, *strided, *dtypes[KINDS], *name_layout, *name_is_contiguous, *name_numel, *name_shape, *name_stride, *name_dtype, *name_is_cpu, *name_is_neg, *name_data_ptr;
+static PyObject *Tensor, *strided, *dtypes[KINDS];
+static PyObject *name_data_ptr, *name_dtype, *name_is_contiguous, *name_is_cpu, *name_is_neg, *name_layout, *name_numel,
+    *name_shape, *name_storage_offset, *name_stride;
 
 static inline float from_float(float value) { return value; }
 
@@ -46,16 +48,17 @@ static inline float from_bfloat16(uint16_t value)
 
 static inline float from_half(uint16_t value)
 {
-    /* shifted into place its exponent is 112 too low, which a product mends, subnormal numbers included */
-    union { uint32_t bits; float value; } wide = {(uint32_t)(value & 0x7fff) << 13}, scale = {0x77800000};
-    wide.value *= scale.value;
-    if ((value & 0x7c00) == 0x7c00)
-        wide.bits |= 0x7f800000;
+    uint32_t magnitude = value & 0x7fff, exponent = value & 0x7c00;
+    union { uint32_t bits; float value; } wide = {magnitude << 13};
+    if (exponent == 0) /* subnormal, but no float32 on the way is: some programs have those flushed to 0 */
+        wide.value = (float)magnitude * 0x1p-24f;
+    else
+        wide.bits += exponent == 0x7c00 ? 0x70000000 : 0x38000000;
     wide.bits |= (uint32_t)(value & 0x8000) << 16;
     return wide.value;
 }
 
-/* Sums are of deviations from a channel's first value, which is near enough to the mean for the variance to be exact. */
+/* Sums are of deviations from a channel's first value. */
 static void finish(const Slot *slot, int64_t channel, double first, double sum, double squares, float *mean,
                    float *variance)
 {
@@ -100,14 +103,17 @@ static void finish(const Slot *slot, int64_t channel, double first, double sum, 
                     int64_t left = slot->length - first, count = left < POSITIONS_AT_ONCE ? left : POSITIONS_AT_ONCE;  \
                     const TYPE *here = x + *strip + first;                                                             \
                     float few = 0, few_squares = 0;                                                                    \
-                    _Pragma("omp simd reduction(+ : few, few_squares)")                                                \
+                    _Pragma("omp simd reduction(+ : few)")                                                             \
+                    for (int64_t i = 0; i < count; i++)                                                                \
+                        few += LOAD(here[i]) - origin;                                                                 \
+                    float middle = few / (float)count; /* the origin may be far off, and float32 is short */           \
+                    _Pragma("omp simd reduction(+ : few_squares)")                                                     \
                     for (int64_t i = 0; i < count; i++) {                                                              \
-                        float deviation = LOAD(here[i]) - origin;                                                      \
-                        few += deviation;                                                                              \
+                        float deviation = LOAD(here[i]) - origin - middle;                                             \
                         few_squares += deviation * deviation;                                                          \
                     }                                                                                                  \
                     sum += few;                                                                                        \
-                    squares += few_squares;                                                                            \
+                    squares += few_squares + (double)middle * (2 * (double)few - (double)count * middle);              \
                 }                                                                                                      \
             finish(slot, c, origin, sum, squares, mean, variance);                                                     \
         }                                                                                                              \
@@ -169,6 +175,19 @@ static int kind_of(PyObject *x, int *kind)
     return *kind < KINDS;
 }
 
+/* Returns where a tensor's values begin; NULL on an error, or if they are in no memory, or out of step with it. */
+static const void *address_of(PyObject *x, int kind)
+{
+    uintptr_t size = kind == FLOAT64 ? 8 : kind == FLOAT32 ? 4 : 2;
+    PyObject *offset = PyObject_CallMethodObjArgs(x, name_storage_offset, NULL);
+    PyObject *address = offset ? PyObject_CallMethodObjArgs(x, name_data_ptr, NULL) : NULL;
+    uintptr_t before = offset ? (uintptr_t)PyLong_AsLongLong(offset) * size : 0;
+    uintptr_t values = address ? (uintptr_t)PyLong_AsVoidPtr(address) : 0;
+    Py_XDECREF(offset);
+    Py_XDECREF(address);
+    return values == before || values % size ? NULL : (const void *)values;
+}
+
 /* Tells whether the slot takes a tensor, and of which kind its values are; -1 on an error. */
 static int fits(const Slot *slot, PyObject *x, int *kind)
 {
@@ -200,11 +219,9 @@ static PyObject *Slot_take(Slot *slot, PyObject *const *arguments, Py_ssize_t co
     int kind = 0, fit = turn == slot->turn ? 0 : fits(slot, arguments[0], &kind);
     if (fit <= 0)
         return fit ? NULL : PyBool_FromLong(0);
-    PyObject *address = PyObject_CallMethodObjArgs(arguments[0], name_data_ptr, NULL);
-    const void *x = address ? PyLong_AsVoidPtr(address) : NULL;
-    Py_XDECREF(address);
-    if (PyErr_Occurred())
-        return NULL;
+    const void *x = address_of(arguments[0], kind);
+    if (!x)
+        return PyErr_Occurred() ? NULL : PyBool_FromLong(0);
     const int64_t *starts = (const int64_t *)PyBytes_AsString(slot->starts);
     PyThreadState *state = slot->samples * slot->channels * slot->strips * slot->length >= LONG ? PyEval_SaveThread() : NULL;
     if (kind == FLOAT32)
@@ -230,13 +247,6 @@ static int set_starts(Slot *slot, PyObject *starts, void *closure)
     Py_XDECREF(slot->starts);
     slot->starts = starts;
     return 0;
-}
-
-static PyObject *get_starts(Slot *slot, void *closure)
-{
-    (void)closure;
-    Py_INCREF(slot->starts);
-    return slot->starts;
 }
 
 static int Slot_init(Slot *slot, PyObject *arguments, PyObject *keywords)
@@ -310,7 +320,7 @@ static const char Slot_doc[] =
     "    row: How far behind these the next sample's are.\n"
     "    memory: What the addresses are of, to keep.\n\n"
     "Attributes:\n"
-    "    starts: See above; others may take their place.\n"
+    "    starts: See above; others may take their place. It is only written.\n"
     "    turn: The forward that it has last taken something of; -1 before the first.\n";
 
 static const char take_doc[] =
@@ -327,7 +337,7 @@ static PyMemberDef Slot_members[] = {
 };
 
 static PyGetSetDef Slot_properties[] = {
-    {"starts", (getter)get_starts, (setter)set_starts, NULL, NULL},
+    {"starts", NULL, (setter)set_starts, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
@@ -366,12 +376,9 @@ static const void *values_of(PyObject *x, int *kind, int64_t *count)
         is(x, name_is_cpu, Py_True) <= 0 || equals(PyObject_CallMethodObjArgs(x, name_is_contiguous, NULL), Py_True) <= 0)
         return NULL;
     PyObject *number = PyObject_CallMethodObjArgs(x, name_numel, NULL);
-    PyObject *address = number ? PyObject_CallMethodObjArgs(x, name_data_ptr, NULL) : NULL;
     *count = number ? PyLong_AsLongLong(number) : 0;
-    const void *values = address ? PyLong_AsVoidPtr(address) : NULL;
     Py_XDECREF(number);
-    Py_XDECREF(address);
-    return values;
+    return number ? address_of(x, *kind) : NULL;
 }
 
 static PyObject *is_finite(PyObject *module, PyObject *x)
@@ -423,6 +430,7 @@ PyMODINIT_FUNC PyInit_native(void)
     name_dtype = PyUnicode_InternFromString("dtype");
     name_is_cpu = PyUnicode_InternFromString("is_cpu");
     name_is_neg = PyUnicode_InternFromString("is_neg");
+    name_storage_offset = PyUnicode_InternFromString("storage_offset");
     name_data_ptr = PyUnicode_InternFromString("data_ptr");
     PyObject *type = PyType_FromSpec(&Slot_spec), *module = PyModule_Create(&definition);
     if (PyErr_Occurred() || !type || !module || PyModule_AddObject(module, "Slot", type) < 0)

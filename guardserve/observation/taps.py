@@ -149,7 +149,10 @@ class Taps:
         self._handles: list[Any] = []
         self._marks: GraphMarks | None = None
         if not NATIVE:
-            _log.info("monitoring takes longer than need be: install guardserve again where there is a C compiler")
+            _log.info(
+                "monitoring takes longer than need be: install guardserve again where there is a C compiler "
+                "(pip install --force-reinstall --no-cache-dir)"
+            )
         try:
             self._attach(model)
         except BaseException:

@@ -187,6 +187,37 @@ def test_slots_are_exact_though_the_mean_be_many_deviations(offset: float, recor
     assert_same(rows.variance, variance.numpy(), variance.numpy())
 
 
+@pytest.mark.parametrize("position", [0, 5, -1])
+@pytest.mark.parametrize("value", [3.3, 50.0])
+@pytest.mark.parametrize("size", [7, 64, 512])
+def test_one_value_may_be_far_from_all_others(size: int, value: float, position: int, records: list[Record]) -> None:
+    """The first one, too, from which deviations are taken."""
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Identity(), nn.BatchNorm2d(2)).eval()
+    x = 0.1 + 0.01 * torch.randn(2, 2, size, size)
+    x.view(2, 2, -1)[..., position] = value
+    taps = Taps(model, records.append, values=None)
+    with torch.inference_mode():
+        for _ in range(2):
+            model(x)
+    taps.close()
+    rows = dict(records[1].parts())[0]
+    assert isinstance(records[1].bundle, Workspace)
+    assert rows.variance is not None
+    variance = x.double().var((2, 3), correction=0)
+    assert_same(rows.mean, x.double().mean((2, 3)).numpy(), variance.sqrt().numpy())
+    assert_same(rows.variance, variance.numpy(), variance.numpy())
+
+
+@pytest.fixture(params=[False, True], ids=["subnormal", "flushed"])
+def flushing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have the processor flush subnormal numbers to 0, or not."""
+    if not torch.set_flush_denormal(request.param):
+        pytest.skip("this processor does not flush subnormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("flushing")
 def test_every_half_is_the_number_that_it_stands_for(records: list[Record]) -> None:
     """All 65,536 of them, as torch converts them."""
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).view(2, -1)
@@ -217,6 +248,10 @@ def test_a_slot_refuses_what_it_is_not_for() -> None:
         x.to("meta"),
         nn.Parameter(x),
         torch._neg_view(x),
+        torch._efficientzerotensor(x.shape),  # these have no memory
+        torch._to_functional_tensor(x),
+        torch._to_functional_tensor(torch.cat([x, x])[1:3]),
+        torch.frombuffer(bytearray(x.nbytes + 1), dtype=torch.float32, offset=1, count=x.numel()).view(x.shape),
         x.numpy(),
         None,
     ]
