@@ -215,7 +215,7 @@ class Plan:
         self.strips = self._find_strips()
         self._cells: dict[int, tuple[Cell, ...]] = {}
         self._starts: dict[int, bytes] = {}
-        self._turned: dict[int, bytes] = {}
+        self._turned: dict[int, int] = {}
 
     def cells(self, turn: int) -> tuple[Cell, ...]:
         """Return what is read in a forward, all samples in order: cells from that of some position on."""
@@ -230,19 +230,17 @@ class Plan:
     def starts(self, turn: int) -> bytes:
         """Return where each sample's cell begins in a forward, int64, in values from the activation's first."""
         turn %= max(1, self.positions)
-        starts = self._turned.get(turn)
-        if starts is not None:
-            return starts
-        index = self._index(turn)
+        index = self._turned.get(turn)
+        if index is None:
+            if len(self._turned) >= _KEPT_TURNS:
+                self._turned.clear()
+            index = self._turned[turn] = self._index(turn)
         starts = self._starts.get(index)
         if starts is None:
             if len(self._starts) >= _KEPT_CELLS:
                 self._starts.clear()
             offsets = [cell.offset + np.add.outer(*_steps(cell)) for cell in self.cells(turn)]
             starts = self._starts[index] = np.concatenate([offset.ravel() for offset in offsets]).tobytes()
-        if len(self._turned) >= _KEPT_TURNS:
-            self._turned.clear()
-        self._turned[turn] = starts
         return starts
 
     def _index(self, turn: int) -> int:
