@@ -15,6 +15,7 @@ from guardserve.detection.calibration import ARLS, RunLength
 from guardserve.detection.chart import LAMBDAS, SHARES, Levels
 from guardserve.detection.detector import Detector
 from guardserve.detection.encoding import Sketch, Whitening
+from guardserve.detection.mixtures import Mixtures
 from guardserve.detection.reference import WIDTH, ReferenceProfile
 
 RESNET50 = [
@@ -46,6 +47,8 @@ def profile(channels: list[int], features: np.ndarray) -> ReferenceProfile:
     sketch = Sketch.fit(features, channels, WIDTH, rng)
     sketches = sketch.project(sketch.standardise(features))
     whitening = Whitening.fit(sketches, sketch.dimensions)
+    vectors = whitening.apply(sketches)
+    levels = Levels.of_lengths(vectors)
     low, high = (np.full((len(LAMBDAS), layers), level, np.float32) for level in (0, 100))
     return ReferenceProfile(
         layers=tuple(map(str, range(layers))),
@@ -58,7 +61,8 @@ def profile(channels: list[int], features: np.ndarray) -> ReferenceProfile:
         measured_arl=RunLength(1, 1, 1),
         sketch=sketch,
         whitening=whitening,
-        levels=Levels.of_lengths(whitening.apply(sketches)).with_charts(low, high),
+        levels=levels.with_charts(low, high),
+        mixtures=Mixtures.fit(vectors, levels),
         thresholds=np.full((len(SHARES), len(ARLS)), 5.0),
         scores=np.sort(rng.random(1000)),
     )
