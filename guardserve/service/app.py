@@ -166,7 +166,7 @@ def _routers(app: Service, watch: Watch, *, reloads: bool) -> Iterator[APIRouter
     yield ProtocolEndpoints(app.gateway, app.life).router()
     if reloads:
         yield Repository(app.versions, app.access).router()
-    yield metrics_router(app.metrics)
+    yield metrics_router(app.metrics, app.life)
     # the page's streams do not end by themselves
     yield Page(watch, lambda: app.life.draining).router()
 

@@ -18,7 +18,7 @@ from guardserve.service.images import FORMATS
 from guardserve.service.life import Life
 from guardserve.service.protocol import model_metadata, server_metadata
 from guardserve.service.schemas import ErrorBody, InferenceRequest, InferenceResponse, ModelMetadata, ServerMetadata
-from guardserve.service.throttle import Throttle
+from guardserve.service.scraping import Scraping
 
 BINARY_BODY = "The JSON, its byte count in the header Inference-Header-Content-Length, then the tensors."
 
@@ -28,17 +28,17 @@ def error_response(status: int, message: str, headers: dict[str, str] | None = N
     return Response(orjson.dumps({"error": message}), status, headers, "application/json")
 
 
-def metrics_router(metrics: Metrics) -> APIRouter:
+def metrics_router(metrics: Metrics, life: Life) -> APIRouter:
     """Build the endpoint that Prometheus scrapes."""
     router = APIRouter(tags=["observability"])
-    throttle = Throttle()
+    scraping = Scraping(metrics.render, lambda: life.closing)
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def scrape(accept: Annotated[str, Header(include_in_schema=False)] = "") -> Response:
         """Metrics in Prometheus' text format; to who accepts that as OpenMetrics, with exemplars."""
         content_type = negotiated(accept)
         headers = {"Content-Type": content_type, "Vary": "Accept"}
-        return Response(await throttle.aside(lambda: metrics.render(content_type)), headers=headers)
+        return Response(await scraping.scrape(content_type), headers=headers)
 
     return router
 

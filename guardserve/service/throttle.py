@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
-
-from starlette.concurrency import run_in_threadpool
 
 INTERVAL = 1e-3
 """Seconds between two turns, on average: what has one takes about a tenth of that."""
@@ -19,13 +15,8 @@ ROUND = 8e-3
 CREDIT = 32e-3
 """Seconds whose turns, where nobody took them, may be taken at once."""
 
-SHARE = 0.2
-"""Of one processor, that what is done aside may take."""
-
 LINE = 256
 """Most that wait; when more come the first goes on at once, lest they take up the connections that others may have."""
-
-T = TypeVar("T")
 
 
 class Throttle:
@@ -60,21 +51,6 @@ class Throttle:
         """Keep nobody waiting any more."""
         self._interval = self._next = 0.0
         self._go_on()
-
-    async def aside(self, work: Callable[[], T]) -> T:
-        """Call a function on a thread when it is its turn; the more that takes, the longer the next ones wait."""
-        turn = asyncio.Event()
-        self.call(turn.set)
-        await turn.wait()
-
-        def timed() -> T:
-            began = time.thread_time()
-            try:
-                return work()
-            finally:
-                self._interval = max(INTERVAL, (time.thread_time() - began) / SHARE)
-
-        return await run_in_threadpool(timed)
 
     def _wait(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
         loop.call_later(max(ROUND, self._next - now), self._go_on)

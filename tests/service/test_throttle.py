@@ -201,21 +201,3 @@ def test_one_that_fails_keeps_no_turn_from_the_others() -> None:
 
     asyncio.run(go())
     assert done == [0, -1, 1]
-
-
-def test_what_takes_long_aside_is_done_less_often() -> None:
-    """So that it has no more than its share of a processor."""
-
-    def work() -> None:
-        end = time.thread_time() + 0.02
-        while time.thread_time() < end:
-            pass
-
-    async def go() -> float:
-        turns, began = Throttle(), time.monotonic()
-        await turns.aside(work)
-        for _ in range(3):
-            await turns.aside(work)
-        return time.monotonic() - began
-
-    assert asyncio.run(go()) >= 2 * 0.02 / throttle.SHARE - throttle.CREDIT
