@@ -121,6 +121,15 @@ class Levels:
         oddness: Array = (np.log(length) - self.median[-1]) / self._reach[-1]
         return oddness
 
+    @cached_property
+    def floor(self) -> Array:
+        """Least oddness that says something: that of length 1 in layers that are constant but for rounding.
+
+        Other layers, whose longest vectors are longer than 1, have none.
+        """
+        floor: Array = np.where(self.high[-1] > 0, np.float32(-np.inf), self.oddness(np.ones_like(self.high[-1])))
+        return floor
+
     def lengths(self, oddness: Array) -> Array:
         """Return the lengths of vectors that are so odd: the inverse of :meth:`oddness`."""
         length: Array = np.exp(self.median[-1] + oddness * self._reach[-1])

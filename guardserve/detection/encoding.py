@@ -148,6 +148,11 @@ class Whitening:
             matrix[layer, :count, :count] = vectors / np.sqrt(values) @ vectors.T
         return cls(mean.astype(np.float32), matrix.astype(np.float32))
 
+    def principal_variance(self, dimensions: Sequence[int]) -> Array:
+        """Return each layer's reference variance along its samples' own differences: the mean, weighted by itself."""
+        deviations = [1 / np.linalg.eigvalsh(own[:n, :n]) for own, n in zip(self.matrix, dimensions, strict=True)]
+        return np.array([(own**4).sum() / (own**2).sum() for own in deviations], np.float32)
+
     def apply(self, sketches: Array) -> Array:
         """Return whitened sketches, shape ``(N, layers, width)``."""
         white = np.empty_like(sketches)

@@ -36,7 +36,7 @@ class Mixtures:
     @classmethod
     def fit(cls, vectors: Array, levels: Levels) -> Mixtures:
         """Fit to whitened vectors of clean samples that had no part in their whitening, ``(N, layers, width)``."""
-        oddness = levels.oddness(np.maximum(1, lengths(vectors)))
+        oddness = np.maximum(levels.oddness(lengths(vectors)), levels.floor)
         centre, last = oddness.mean(0), vectors[:, -1]
         slopes = (oddness - centre).T @ (last - last.mean(0)) / np.float32(len(vectors))
         return cls(centre, np.maximum(oddness.std(0), np.float32(LEAST_SPREAD)), slopes)

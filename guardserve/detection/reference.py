@@ -230,6 +230,16 @@ class ReferenceProfile:
             )
 
     @cached_property
+    def typical_direction(self) -> float:
+        """How untypical a shift is that is like clean samples' own differences: 1 where features are independent.
+
+        On the scale of a diagnosis. It is less the more of their differences lie in few directions.
+        """
+        features = 2 * np.array(self.sketch.channels) / self.sketch.dimensions
+        variance = self.whitening.principal_variance(self.sketch.dimensions) / features
+        return float(1 / np.sqrt(variance.mean()))
+
+    @cached_property
     def digest(self) -> str:
         """Hash of everything that vectors and alarms depend on: of two profiles of one model, each has its own."""
         digest = hashlib.sha256(self.fingerprint.encode())

@@ -13,6 +13,7 @@ from torch import nn
 from guardserve import Monitor, ReferenceProfile
 from guardserve.detection.chart import Levels
 from guardserve.detection.detector import Detector
+from guardserve.detection.diagnosis import ShiftAverage
 from guardserve.detection.merging import Summary
 from guardserve.detection.mixtures import Mixtures
 from guardserve.monitor import Verdict
@@ -50,22 +51,33 @@ def table() -> Table:
     return draw
 
 
-@pytest.fixture(scope="module")
-def classifier(table: Table) -> nn.Module:
-    """Train a perceptron of three hidden layers to tell the classes."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    sizes = (COLUMNS, 64, 48, 32)
-    for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Linear(sizes[-1], CLASSES))
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+def hidden(sizes: tuple[int, ...], slope: float) -> list[nn.Module]:
+    """Make hidden layers, with the slope of their activation below 0."""
+    return [
+        block
+        for inputs, outputs in pairwise(sizes)
+        for block in (nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.LeakyReLU(slope))
+    ]
+
+
+def train(model: nn.Module, draw: Callable[[int], tuple[torch.Tensor, torch.Tensor]], rate: float) -> None:
+    """Train a classifier for 400 steps."""
+    optimiser = torch.optim.Adam(model.parameters(), rate)
     for step in range(400):
-        x, labels = table(128, 1000 + step)
+        x, labels = draw(step)
         loss = nn.functional.cross_entropy(model(x), labels)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
+
+
+@pytest.fixture(scope="module")
+def classifier(table: Table) -> nn.Module:
+    """Train a perceptron of three hidden layers to tell the classes."""
+    sizes = (COLUMNS, 64, 48, 32)
+    torch.manual_seed(0)
+    model = nn.Sequential(*hidden(sizes, 0.0), nn.Linear(sizes[-1], CLASSES))
+    train(model, lambda step: table(128, 1000 + step), 3e-3)
     x, labels = table(1000, 5)
     assert (model.eval()(x).argmax(1) == labels).float().mean() > 0.9
     return model
@@ -174,3 +186,39 @@ def test_the_last_layer_foretells_how_odd_a_mixture_is() -> None:
     noise = clean + np.array([[[1.0], [0.0]]], np.float32) * rng.standard_normal(clean.shape).astype(np.float32)
     seen = levels.oddness(np.linalg.norm(noise, axis=2)).mean(0)
     assert seen[0] - mixtures.expected(noise[:, -1].mean(0))[0] > 0.5 * mixtures.spread[0]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_clean_samples_of_narrow_layers_are_explained(channels: int) -> None:
+    """Many of their vectors are shorter than 1, and one layer is constant but for rounding."""
+    torch.manual_seed(0)
+    constant = nn.Linear(channels, channels)
+    nn.init.constant_(constant.weight, 1e-7)
+    model = nn.Sequential(nn.BatchNorm1d(channels), constant, nn.BatchNorm1d(channels))
+    profile = ReferenceProfile.fit(model, torch.split(torch.randn(1200, channels), 100), target_arl=1000)
+    features, vectors, length = profile.encode(read(model.eval(), torch.randn(1000, channels)))
+    assert (profile.levels.high[-1] > 0).tolist() == [True, False]
+    average = ShiftAverage(features, vectors, profile.levels.oddness(length))
+    assert average.unexplained(profile) < 0.15
+
+
+def test_mixtures_of_classes_are_read_as_such_in_narrow_layers() -> None:
+    """Clean samples of four channels differ in nearly every direction; how odd layers are still tells other inputs."""
+    angle = torch.arange(5) * (2 * torch.pi / 5)
+    centres = 1.8 * torch.stack([angle.cos(), angle.sin()], 1)
+
+    def draw(count: int, seed: int, classes: tuple[int, ...] = (0, 1, 2, 3, 4)) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.tensor(classes)[torch.randint(len(classes), (count,), generator=generator)]
+        return centres[labels] + 0.5 * torch.randn(count, 2, generator=generator), labels
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(2), *hidden((2, 4, 4, 4), 0.2), nn.Linear(4, 5))
+    train(model, lambda step: draw(128, 1000 + step), 1e-2)
+    reference = ReferenceProfile.fit(model.eval(), torch.split(draw(1200, 1)[0], 50), target_arl=1000)
+    mixtures = [(first, (first + step) % 5) for first in range(5) for step in (1, 2)]
+    verdicts = [watch(model, reference, torch.cat([draw(60, 2)[0], draw(200, 4, some)[0]])) for some in mixtures]
+    readings = [verdict.reading.split(":")[0] for verdict in verdicts if verdict.state == "shifted"]
+    assert readings.count("semantic or class mix") >= 9
+    for rows in (noisy(draw(200, 3)[0]), 1.6 * draw(200, 3)[0]):
+        assert watch(model, reference, torch.cat([draw(60, 2)[0], rows])).reading.startswith("input-level")
