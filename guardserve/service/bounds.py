@@ -35,7 +35,10 @@ SLACK = 64
 """Connections beyond the limit that are still taken, for health and metrics; each is closed after one answer."""
 
 LOOK_INTERVAL = 0.05
-"""Seconds between two looks whether a client that sends no more is still there to take its answer."""
+"""Seconds between two looks whether a client that sends no more is still there to take its answer.
+
+Over TLS, as many until the first look whether it has taken its last one.
+"""
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 """What tells: a client that waits passes it over, one that has gone has nobody who would take it."""
@@ -243,10 +246,12 @@ class BoundedConnection(HttpToolsProtocol):
         if self._stage == "over":
             self._leave()  # with less time, if it had more
             return
-        super().shutdown()
-        if self.transport.is_closing():
+        cycle: Any = self.cycle
+        if cycle is None or cycle.response_complete or self.transport.is_closing():
             self._close()
-        elif self._stage == "headers" and self._waiting is None:
+            return
+        cycle.keep_alive = False
+        if self._stage == "headers" and self._waiting is None:
             self._waiting = self.loop.call_later(LINGER, self._give_up_body)
 
     def needs_forward(self, app: Any, cycle: Any) -> bool:
@@ -290,7 +295,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.flow.pause_reading()
             return
         if cycle is not None and cycle.response_started and not cycle.response_complete:
-            self.transport.close()
+            self._close()
             return
         answer = answer_to(error, self.parser.get_http_version())
         self._drop_request()
@@ -329,6 +334,10 @@ class BoundedConnection(HttpToolsProtocol):
             return
         limit = self._patience if self._stage in ("headers", "body") else LINGER
         self._waiting = self.loop.call_later(limit, self._let_go)
+        self._pass_over()
+
+    def _pass_over(self) -> None:
+        """See the last answer off, and take nothing else."""
         self._stage = "over"
         self._delivery.begin()
         self.pipeline.clear()
@@ -364,11 +373,23 @@ class BoundedConnection(HttpToolsProtocol):
             self._delivery.begin()
 
     def _close(self) -> None:
-        """Close behind what there is to send; TLS would wait half a minute for the client to agree."""
+        """Close behind what there is to send.
+
+        TLS would cut what is not taken within half a minute, and wait as long for the client to agree.
+        """
         self._stop_waiting()
-        self.transport.close()
-        if self.scheme == "https":
-            self._waiting = self.loop.call_later(LINGER, self._let_go)
+        if self.scheme != "https":
+            self.transport.close()
+            return
+        wait = LINGER
+        if not self.transport.is_closing():  # asyncio forgets what there is to send when it is told twice
+            if self._delivery.left:
+                self._drop_request()
+                self._pass_over()
+                wait = LOOK_INTERVAL
+            else:
+                self.transport.close()
+        self._waiting = self.loop.call_later(wait, self._let_go)
 
     def _let_go(self) -> None:
         """End, once the last answer has been taken."""
@@ -378,7 +399,7 @@ class BoundedConnection(HttpToolsProtocol):
         elif self.transport.is_closing():
             self.transport.abort()
         else:
-            self.transport.close()
+            self._close()
 
     def _stop_waiting(self) -> None:
         if self._waiting is not None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import select
 import socket
 import ssl
 import subprocess
 import time
+from asyncio import constants
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,19 +98,32 @@ def test_a_server_that_stops_does_not_wait_for_clients_to_agree(files: dict[str,
     assert time.monotonic() - began < 15
 
 
-def test_a_large_answer_that_is_taken_late_is_whole(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later than a client has to agree to the end."""
+@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("loop", ["auto", "asyncio"])
+def test_a_large_answer_that_is_taken_late_is_whole(
+    loop: str, stops: bool, files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later than a client has to agree to the end, also of a server that stops."""
     monkeypatch.setattr(bounds, "LINGER", 0.1)
+    monkeypatch.setattr(constants, "SSL_SHUTDOWN_TIMEOUT", 0.5, raising=False)  # asyncio's own half minute
     tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}
     body = json.dumps({"inputs": [tensor]}).encode()
-    head = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
-    with encrypted(files, copies=1_000_000) as (_, connect):  # 30 MB
-        sock = connect()
-        sock.sendall(head % len(body) + body)
+    head = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: test\r\n%bContent-Length: %d\r\n\r\n"
+
+    def read() -> bytes:
         time.sleep(2.0)
         received = b""
         while part := sock.recv(2**20):
             received += part
-        answered, _, content = received.partition(b"\r\n\r\n")
-        assert answered.startswith(b"HTTP/1.1 200")
-        assert b"content-length: %d\r\n" % len(content) in answered
+        return received
+
+    with ThreadPoolExecutor() as pool, encrypted({**files, "loop": loop}, copies=1_000_000) as (_, connect):  # 30 MB
+        sock = connect()
+        sock.sendall(head % (b"" if stops else b"Connection: close\r\n", len(body)) + body)
+        select.select([sock], [], [], 20)
+        reading = pool.submit(read)
+        if not stops:
+            reading.result()
+    answered, _, content = reading.result().partition(b"\r\n\r\n")
+    assert answered.startswith(b"HTTP/1.1 200")
+    assert b"content-length: %d" % len(content) in answered.split(b"\r\n")
