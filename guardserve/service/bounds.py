@@ -266,9 +266,11 @@ class BoundedConnection(HttpToolsProtocol):
         else:
             self.throttle.call(functools.partial(self._take_turn, cycle, app))
 
-    def _take_turn(self, cycle: Any, app: Any) -> None:
-        if not cycle.disconnected:
-            super()._start_asgi_task(cycle, app)
+    def _take_turn(self, cycle: Any, app: Any) -> bool:
+        if cycle.disconnected:
+            return False
+        super()._start_asgi_task(cycle, app)
+        return True
 
     def _parse(self, data: bytes) -> bytes:
         """Read on, and return what is to be read again: a request that asked for another protocol, but without that."""
@@ -298,14 +300,19 @@ class BoundedConnection(HttpToolsProtocol):
             self._close()
             return
         answer = answer_to(error, self.parser.get_http_version())
+        bare = bool(self.url) and self.parser.get_method() == b"HEAD"
         self._drop_request()
         self._stage = "refused"
-        self.throttle.call(functools.partial(self._leave_with, answer))
+        self.throttle.call(functools.partial(self._leave_with, answer, bare=bare))
 
-    def _leave_with(self, answer: Answer) -> None:
-        if not self.transport.is_closing():
-            self._write(answer.named(Identity({})), self.server_state.default_headers, b"connection: close\r\n\r\n")
-            self._leave()
+    def _leave_with(self, answer: Answer, *, bare: bool) -> bool:
+        """Write the last answer, perhaps without its body, unless the client has gone."""
+        if self.transport.is_closing():
+            return False
+        end = b"connection: close\r\n\r\n"
+        self._write(answer.named(Identity({})), self.server_state.default_headers, end, bare=bare)
+        self._leave()
+        return True
 
     def _drop_request(self) -> None:
         """Tell the application that nobody waits for its answer any more."""
@@ -343,11 +350,13 @@ class BoundedConnection(HttpToolsProtocol):
         self.pipeline.clear()
         self.flow.resume_reading()
 
-    def _write(self, answer: Answer, default_headers: Sequence[tuple[bytes, bytes]], end: bytes) -> None:
+    def _write(
+        self, answer: Answer, default_headers: Sequence[tuple[bytes, bytes]], end: bytes, *, bare: bool = False
+    ) -> None:
         own = [b"%b: %b\r\n" % (name.lower(), value) for name, value in answer.headers]
         length = b"content-length: %d\r\n" % len(answer.body)
         head = (STATUS_LINE[answer.status], _lines(default_headers), *own, length, end)
-        self.transport.write(b"".join((*head, answer.body)))
+        self.transport.write(b"".join(head if bare else (*head, answer.body)))
 
     def _look(self, cycle: Any, *, asked: bool = False) -> None:
         """End a connection that the other side has closed: as long as it is sent nothing, it looks like one that waits.

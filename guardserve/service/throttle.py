@@ -33,7 +33,7 @@ class Throttle:
         self._next = 0.0
 
     def call(self, work: Callable[[], object]) -> None:
-        """Call a function when it is its turn."""
+        """Call a function when it is its turn; one that returns False has left that to the next."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         if not self._waiting:
@@ -61,8 +61,8 @@ class Throttle:
         now = loop.time()
         try:
             while self._waiting and self._next <= now:
-                self._next += self._interval
-                self._waiting.popleft()()
+                if self._waiting.popleft()() is not False:
+                    self._next += self._interval
         finally:
             if self._waiting:
                 self._wait(loop, now)

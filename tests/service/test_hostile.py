@@ -436,3 +436,18 @@ def test_an_answer_is_let_go_of_though_its_request_had_time_left() -> None:
         for _ in range(20):
             assert client.post(INFER, content=body).status_code == 200
         wait_until(lambda: len(kept) <= 1, timeout=10)
+
+
+@pytest.mark.parametrize("head", [b"HEAD / HTTP/1.1\r\nHost: a b\r\n\r\n", b"HEAD / HTTP/3.0\r\nHost: test\r\n\r\n"])
+def test_what_asks_for_headers_alone_is_refused_without_a_body(head: bytes) -> None:
+    """With its length; what comes behind such a request is refused with one."""
+    with serving(Waits()) as client, raw(client) as sock, raw(client) as other:
+        sock.sendall(head)
+        received = read_all(sock)
+        assert received.startswith((b"HTTP/1.1 400", b"HTTP/1.1 505"))
+        assert received.endswith(b"connection: close\r\n\r\n")
+        assert b"content-length: 0" not in received
+        other.sendall(LIVE.replace(b"GET", b"HEAD") + b"\r\n")
+        assert other.recv(2**16).startswith(b"HTTP/1.1 200")
+        other.sendall(b"garbage\r\n\r\n")
+        refused(read_all(other), 400)

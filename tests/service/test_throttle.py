@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -149,6 +150,20 @@ def test_a_server_that_stops_answers_who_waits_for_a_turn() -> None:
         assert time.monotonic() - stopped < 20
         assert received(second, 10).startswith(b"HTTP/1.1 400")
         assert received(third, 10).startswith(b"HTTP/1.1 200")
+
+
+def test_those_that_have_gone_keep_nobody_waiting() -> None:
+    """They have no turn."""
+    with mock.patch.multiple(throttle, INTERVAL=1.0, CREDIT=0.0), serving(Net()) as client, connected(client) as last:
+        for n in range(13):
+            with connected(client) as sock:
+                sock.sendall(LIVE if n % 2 else b"\x16\x03\x01")
+                time.sleep(0.02)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        last.sendall(LIVE)
+        began = time.monotonic()
+        assert received(last, 20).startswith(b"HTTP/1.1 200")
+        assert time.monotonic() - began < 5
 
 
 def run(*calls: tuple[float, str], seconds: float) -> list[tuple[str, float]]:
