@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from guardserve.identity import Identity
 from guardserve.service.answer import Answer
 from guardserve.service.delivery import Delivery
-from guardserve.service.heads import CUT_SHORT, RefusedHeadError, answer_to, check_head, check_size
+from guardserve.service.heads import CUT_SHORT, RefusedHeadError, answer_to, check_head, check_size, spoken
 from guardserve.service.throttle import Throttle
 
 HEADER_TIMEOUT = 10.0
@@ -97,6 +97,7 @@ class BoundedConnection(HttpToolsProtocol):
                 return
             min(silent, key=_since).transport.abort()
         super().connection_made(transport)
+        self.parser.set_dangerous_leniencies(lenient_version=True)  # it would refuse 1.2; see spoken
         self.flow = _Flow(transport, self.pipeline)
         self._outlet = _Outlet(transport, self._leave)
         self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
@@ -192,7 +193,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Go on with a request whose headers are whole."""
-        check_head(self.parser.get_http_version(), self.url, self.headers)
+        version = spoken(self.parser.get_http_version())
+        check_head(version, self.url, self.headers)
         if self.parser.should_upgrade():  # it is read again, see _parse
             return
         self._stage, self._unread = "headers", 0
@@ -201,6 +203,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_headers_complete()
         cycle: Any = self.cycle
         cycle.transport = self._outlet
+        cycle.scope["http_version"] = version
 
     def on_body(self, body: bytes) -> None:
         """Take a part of a request's body."""
@@ -280,9 +283,10 @@ class BoundedConnection(HttpToolsProtocol):
             method = self.parser.get_method()
             if method == b"CONNECT":
                 raise httptools.HttpParserError("there is nothing to connect to") from None
-            lines = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
+            lines = [b"%b %b HTTP/%b" % (method, self.url, spoken(self.parser.get_http_version()).encode())]
             lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)  # this one takes nothing more after "Connection: close"
+            self.parser.set_dangerous_leniencies(lenient_version=True)
             return b"\r\n".join([*lines, b"", data[upgrade.args[0] :]])
         return b""
 

@@ -11,8 +11,8 @@ from guardserve.service.answer import Answer, refusal
 MAX_HEAD = 64 * 1024
 """Bytes of a request's path and headers, or of what stands between the parts of its body; more are refused with 431."""
 
-VERSIONS = ("1.0", "1.1")
-"""Of HTTP, that are spoken."""
+NEWEST = "1.1"
+"""Version of HTTP that is spoken, besides 1.0."""
 
 _HOST = re.compile(rb"(\[[\w.:%~-]+\]|[\w.~%!$&'()*+,;=-]*)(:[0-9]*)?[ \t]*")
 
@@ -51,19 +51,31 @@ def check_size(size: int) -> None:
         raise RefusedHeadError(LARGE_HEAD)
 
 
-def check_head(version: str, url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """Refuse a head that could be understood in more than one way, or is in a version that is not spoken.
+def spoken(version: str) -> str:
+    """Return the version of HTTP in which a request is understood, and answered: a later 1.x is 1.1 (RFC 9110, 6.2).
 
     Args:
-        version: HTTP's, as the parser read it.
+        version: The one that it names.
+
+    Raises:
+        RefusedHeadError: If that is another protocol.
+    """
+    if not version.startswith("1."):
+        raise RefusedHeadError(OTHER_VERSION)
+    return min(version, NEWEST)
+
+
+def check_head(version: str, url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Refuse a head that could be understood in more than one way.
+
+    Args:
+        version: HTTP's, see :func:`spoken`.
         url: The request's target.
         headers: Its headers by their lower-case names.
 
     Raises:
         RefusedHeadError: If it is to be refused.
     """
-    if version not in VERSIONS:
-        raise RefusedHeadError(OTHER_VERSION)
     check_size(sum(map(len, chain.from_iterable(headers)), len(url)))
     hosts = [value for name, value in headers if name == b"host"]
     enough = len(hosts) == 1 or (not hosts and version == "1.0")
@@ -87,4 +99,4 @@ def answer_to(error: BaseException, version: str) -> Answer:
     for cause in (error, error.__context__):
         if isinstance(cause, RefusedHeadError):
             return cause.answer
-    return MALFORMED if version in (*VERSIONS, "0.0") else OTHER_VERSION
+    return MALFORMED if version.startswith("1.") or version == "0.0" else OTHER_VERSION

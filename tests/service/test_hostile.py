@@ -258,7 +258,13 @@ def test_a_request_that_asks_for_another_protocol_is_answered_in_this_one() -> N
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"\x16\x03\x01\x02\x00", b"GET / SMTP/9\r\n\r\n", b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n"]
+    "garbage",
+    [
+        b"\x16\x03\x01\x02\x00",
+        b"GET / SMTP/9\r\n\r\n",
+        b"GET / HTTP/1.10\r\n\r\n",
+        b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n",
+    ],
 )
 def test_what_is_no_http_is_refused_in_the_protocols_form(garbage: bytes) -> None:
     """At the start, and after a request: that is answered first, and alone."""
@@ -406,7 +412,27 @@ def test_what_is_whole_before_a_request_that_is_cut_short_is_answered_alone() ->
         ]
 
 
-@pytest.mark.parametrize("version", [b"2.0", b"0.9", b"1.2", b"3.0", b"2"])
+@pytest.mark.parametrize("upgrade", [(), (b"Connection: Upgrade", b"Upgrade: h2c")], ids=["plain", "upgrade"])
+@pytest.mark.parametrize("version", [b"1.2", b"1.9"])
+def test_a_later_version_of_http_that_is_like_the_one_spoken_is_answered_as_if_it_were_that(
+    version: bytes, upgrade: tuple[bytes, ...]
+) -> None:
+    """RFC 9110, 6.2: the connection stays, as in HTTP/1.1; it needs a host, and slow answers are told of."""
+    later = request(*upgrade).replace(b"HTTP/1.1", b"HTTP/" + version, 1)
+    with serving(Waits()) as client, raw(client) as sock, raw(client) as slow:
+        for sent in (later, later, request(), later):
+            sock.sendall(sent)
+            head = sock.recv(2**16).lower()
+            assert head.startswith(b"http/1.1 200")
+            assert b"\r\nconnection: close\r\n" not in head
+        sock.sendall(later.replace(b"Host: test\r\n", b""))
+        assert "one Host header" in refused(read_all(sock), 400)
+        slow.sendall(request(*upgrade, body=content(77)).replace(b"HTTP/1.1", b"HTTP/" + version, 1))
+        slow.shutdown(socket.SHUT_WR)
+        assert read_all(slow).startswith(bounds.CONTINUE + b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("version", [b"2.0", b"0.9", b"3.0", b"2", b"2.1", b"0.1"])
 def test_another_version_of_http_is_not_taken_for_one_that_is_spoken(version: bytes) -> None:
     """505, on a fresh connection and on a used one, also for the first bytes of HTTP/2."""
     other = request(b"Connection: Upgrade", b"Upgrade: h2c").replace(b"HTTP/1.1", b"HTTP/" + version, 1)
