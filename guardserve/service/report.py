@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 
 import orjson
 
 from guardserve.identity import Identity
+from guardserve.logs import Quota, untold
 from guardserve.service.answer import Answer
 
 FIRST_FAILURE = 500
@@ -17,14 +17,11 @@ FIRST_FAILURE = 500
 TOLD = ("unlike_reference",)
 """Reasons of answers below :data:`FIRST_FAILURE` that are told: what is refused for what its data are."""
 
-LINES = 10
-"""Lines a second for one reason: an overloaded server has better things to do. What is left out is counted."""
-
 _log = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Writes a line for each request that failed, or was refused by the shift policy.
+    """Writes a line for each request that failed, or was refused by the shift policy, some a second for one reason.
 
     Args:
         model: The model's name.
@@ -33,25 +30,16 @@ class Reporter:
 
     def __init__(self, model: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._model = model
-        self._clock = clock
-        self._second = 0
-        self._written: Counter[str] = Counter()
-        self._left_out: Counter[str] = Counter()
+        self._quota = Quota(clock)
 
     def report(self, answer: Answer, identity: Identity | None) -> None:
         """Tell of an answer, if it is one to tell of."""
         reason = answer.reason
         if reason is None or (answer.status < FIRST_FAILURE and reason not in TOLD):
             return
-        second = int(self._clock())
-        if second != self._second:
-            self._second = second
-            self._written.clear()
-        if self._written[reason] >= LINES:
-            self._left_out[reason] += 1
+        left_out = self._quota.take(reason)
+        if left_out is None:
             return
-        self._written[reason] += 1
-        left_out = self._left_out.pop(reason, 0)
         _log.warning(
             "%s: request %s was answered %d, %s: %s%s",
             self._model,
@@ -59,7 +47,7 @@ class Reporter:
             answer.status,
             reason,
             orjson.loads(answer.body)["error"],
-            f" (and {left_out} before it, which were not told)" if left_out else "",
+            untold(left_out),
             extra={
                 "event": "request",
                 "model": self._model,

@@ -20,13 +20,13 @@ from torch import nn
 
 from guardserve import ReferenceProfile
 from guardserve.identity import MAX_LENGTH, Identity
-from guardserve.logs import JsonFormatter
+from guardserve.logs import LINES, JsonFormatter
 from guardserve.runtime import Runtime
 from guardserve.service.answer import refusal
 from guardserve.service.app import create_app
 from guardserve.service.background import serve_in_background
 from guardserve.service.connection import PATIENCE
-from guardserve.service.report import LINES, Reporter
+from guardserve.service.report import Reporter
 from guardserve.service.shift import ShiftPolicy
 
 INFER = "/v2/models/net/infer"
