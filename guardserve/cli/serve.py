@@ -69,12 +69,19 @@ def serve(model: str, **options: Any) -> None:
 
     Every option may also be set in the environment; an option beats its variable.
     """  # noqa: D301 - click reads the escape, it is not a literal backslash
+    early: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, _: early.append(number))  # it would end the process
     settings = given(options)
     configure_logs(settings.log_level, settings.log_format)
     if settings.workers > 1:
         _supervise(model, settings)
     else:
-        _run(settings, _application(model, settings, ImportedCode()))
+        app = _application(model, settings, ImportedCode())
+        signal.signal(signal.SIGHUP, lambda *_: app.versions.hang_up())
+        if early:
+            app.versions.hang_up()
+        _run(settings, app)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def serve_in_worker(connection: Connection, sockets: list[socket.socket], model: str, settings: ServeSettings) -> None:

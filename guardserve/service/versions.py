@@ -39,6 +39,8 @@ POLL = 0.1
 FREE_AFTER = (0.0, 0.2, 0.4, 0.8)
 """Seconds before each try to free the memory of a version: a thread that is just ending may still have it."""
 
+STOPPING = "the server is stopping"
+
 Load: TypeAlias = Callable[[Runtime], Runtime]
 """Loads the model of a runtime again, as it was loaded at the start; gives another runtime, not started."""
 
@@ -65,7 +67,7 @@ class Versions:
     what the old one does. Then it is put behind the gateway at once. What the old one has accepted it answers; when
     the last of these requests has its answer it is closed. If anything fails, the old one has noticed nothing.
 
-    Everything but :meth:`close` is called on the event loop, which nothing here holds up.
+    Everything but :meth:`hang_up` is called on the event loop, which nothing but :meth:`close` holds up.
 
     Args:
         gateway: What answers requests.
@@ -96,6 +98,7 @@ class Versions:
         self._serve = serve
         self._load = load
         self._together = together
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._hung_up = self._heeding = False
         self._loading = False
         self._next: Inference | None = None
@@ -110,9 +113,19 @@ class Versions:
     def start(self) -> None:
         """Start the first version; from then on SIGHUP loads the model again, if it can be."""
         self.current.start().add_done_callback(functools.partial(_log_start, self._metrics.model))
+        self._loop = asyncio.get_running_loop()
         if self._load is not None and self._together is None and hasattr(signal, "SIGHUP"):
-            with suppress(RuntimeError, ValueError):  # only the main thread has signals
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
+            with suppress(ValueError):  # only the main thread has signals
+                signal.signal(signal.SIGHUP, lambda *_: self.hang_up())
+        if self._hung_up:
+            self._begin_to_heed()
+
+    def hang_up(self) -> None:
+        """Load the model again for SIGHUP, once the first version was started; it may come at any moment."""
+        self._hung_up = True
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the server has ended
+                self._loop.call_soon_threadsafe(self._begin_to_heed)
 
     async def close(self, timeout: float) -> None:
         """Finish the work that was accepted, for so many seconds, and close every version."""
@@ -152,6 +165,8 @@ class Versions:
             ReloadError: See :meth:`reload`.
         """
         name, old = self._metrics.model, self.current
+        if self._life.draining:
+            raise ReloadError(STOPPING)
         if self._loading:
             raise ReloadRunningError(f"{name} is being loaded already: ask again when that is over")
         self._loading = True
@@ -195,9 +210,7 @@ class Versions:
             self._loading = False
         return new
 
-    def _hang_up(self) -> None:
-        """Load the model again for SIGHUP."""
-        self._hung_up = True
+    def _begin_to_heed(self) -> None:
         if not self._heeding:
             self._heeding = True
             self._spawn(self._heed())
@@ -241,7 +254,7 @@ class Versions:
         while not work.done():
             if self._life.draining or time.monotonic() > end:
                 work.cancel()
-                why = "the server is stopping" if self._life.draining else f"it took longer than {LOAD_TIMEOUT:g} s"
+                why = STOPPING if self._life.draining else f"it took longer than {LOAD_TIMEOUT:g} s"
                 raise ReloadError(why)
             await asyncio.wait([work], timeout=POLL)
         return work.result()

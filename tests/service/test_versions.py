@@ -426,6 +426,8 @@ def test_alarms_that_a_detector_takes_over_are_counted_once(tmp_path: Path) -> N
 PROGRAM = Path(sys.executable).with_name("guardserve")
 
 FACTORY = """
+import os
+import signal
 import time
 
 import torch
@@ -448,6 +450,14 @@ class Slow(nn.Sequential):
 @example_input(input=torch.zeros(1, 3))
 def slow():
     return Slow(*net())
+
+
+@example_input(input=torch.zeros(1, 3))
+def signalled(already=[]):
+    if not already:
+        already.append(True)
+        os.kill(os.getpid(), signal.SIGHUP)
+    return net()
 
 
 one = net()
@@ -518,6 +528,18 @@ def test_a_signal_that_comes_while_the_model_is_loaded_has_it_loaded_once_more(t
         assert max(asked(client)) < -5
         process.terminate()
         assert process.wait(20) == 0
+
+
+def test_a_signal_before_there_is_a_model_or_after_the_last_answer_ends_nothing(tmp_path: Path) -> None:
+    """The first has it loaded once more, as files may be newer than what was read."""
+    with command(tmp_path, "factories:signalled", "--name", "net") as (process, client):
+        wait_until(lambda: reloads(client) == (1, 0))
+        process.terminate()
+        while process.poll() is None:
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.002)
+        assert process.returncode == 0
+    assert (tmp_path / "log").read_text().count("loading another version") == 1
 
 
 def test_sighup_loads_the_weights_again_unless_they_or_the_profile_do_not_fit(tmp_path: Path) -> None:
