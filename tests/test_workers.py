@@ -279,6 +279,26 @@ def test_two_workers_answer_as_one_and_survive_the_death_of_one(tmp_path: Path) 
         assert set(last.outcomes) == {"200"}
 
 
+def test_a_hang_up_of_the_whole_group_ends_no_process_that_is_starting(tmp_path: Path) -> None:
+    """As when the terminal is closed from which the server was started: the first process heeds it, and none dies."""
+    (tmp_path / "namedmodel.py").write_text(MODEL)
+    port = free_port()
+    arguments = ["serve", "namedmodel:named", "--workers", "2", "--port", str(port), "--drain-delay", "0"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([PROGRAM, *arguments], cwd=tmp_path, stderr=log, start_new_session=True)
+    try:
+        wait_until(lambda: process.poll() is not None or b"2 workers for" in (tmp_path / "log").read_bytes())
+        for _ in range(3):
+            time.sleep(0.2)
+            os.killpg(process.pid, signal.SIGHUP)
+        wait_until(lambda: process.poll() is not None or is_ready(f"http://127.0.0.1:{port}"), 2 * TIMEOUT)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert "by SIGHUP" not in (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
 def layer() -> nn.Module:
     """Return the one BatchNorm layer of the model that workers serve."""
     return nn.Sequential(OrderedDict(bn=nn.BatchNorm1d(3))).eval()

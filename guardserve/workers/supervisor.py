@@ -262,8 +262,10 @@ class Supervisor:
         arguments = (theirs, list(self._sockets), *self._arguments)
         name = f"guardserve-worker-{worker.number}"
         process = context.Process(target=self._target, args=arguments, name=name)
-        # Ctrl-C reaches the whole group of processes, but is this one's to tell, also before a worker can ignore it
+        # Ctrl-C and a hang-up reach the whole group of processes, but are this one's to tell, also before a worker can
+        # ignore them; a hang-up is heeded here as soon as the worker is there
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             process.start()
         except OSError as error:  # no memory for another process, say: the others go on
@@ -274,6 +276,7 @@ class Supervisor:
             worker.process, worker.line, worker.reason = process, Line(mine), None
             worker.starts += 1
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             signal.signal(signal.SIGINT, before)
             theirs.close()
 
