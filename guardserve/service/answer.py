@@ -25,6 +25,10 @@ RETRY_AFTER: Headers = ((b"retry-after", b"1"),)
 """Sent with what a moment may cure."""
 
 
+REFUSAL = "guardserve_refusal"
+"""Key in a request's state of what was answered when its body could not be read."""
+
+
 class Answer(NamedTuple):
     """An answer ready to be sent.
 

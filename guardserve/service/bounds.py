@@ -14,7 +14,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from guardserve.identity import Identity
-from guardserve.service.answer import Answer
+from guardserve.service.answer import REFUSAL, Answer
 from guardserve.service.delivery import Delivery
 from guardserve.service.heads import CUT_SHORT, RefusedHeadError, answer_to, check_head, check_size, spoken
 from guardserve.service.throttle import Throttle
@@ -305,7 +305,7 @@ class BoundedConnection(HttpToolsProtocol):
             return
         answer = answer_to(error, self.parser.get_http_version())
         bare = bool(self.url) and self.parser.get_method() == b"HEAD"
-        self._drop_request()
+        self._drop_request(None if self._heard_all else answer)  # most that end their side have gone
         self._stage = "refused"
         self.throttle.call(functools.partial(self._leave_with, answer, bare=bare))
 
@@ -318,10 +318,12 @@ class BoundedConnection(HttpToolsProtocol):
         self._leave()
         return True
 
-    def _drop_request(self) -> None:
-        """Tell the application that nobody waits for its answer any more."""
+    def _drop_request(self, answer: Answer | None = None) -> None:
+        """Tell the application that nobody waits for its answer any more, and what was answered in its place."""
         cycle: Any = self.cycle
         if cycle is not None and not cycle.response_complete:
+            if answer is not None:
+                cycle.scope["state"][REFUSAL] = answer
             cycle.disconnected = True
             cycle.message_event.set()
 

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from guardserve.identity import Identity, current, identified
 from guardserve.metrics import Metrics
-from guardserve.service.answer import CLIENT_CLOSED_REQUEST, INTERNAL, Answer, refusal
+from guardserve.service.answer import CLIENT_CLOSED_REQUEST, INTERNAL, REFUSAL, Answer, refusal
 from guardserve.service.holding import Held, Holding, RefusedBodyError
 from guardserve.service.inference import Inference, Pending
 from guardserve.service.limits import Limits
@@ -114,7 +114,7 @@ class Gateway:
             length = headers.get(b"content-length", b"")
             if length.isdigit():
                 self._holding.check(int(length[:18]))
-            body = await self._whole(held, receive)
+            body = await self._whole(held, receive, scope.get("state", {}))
             if scope["path"] not in self.inference.paths:  # it names a version that was replaced meanwhile
                 return refusal(404, "not_found", f"{scope['path']} names a version that is served no more")
             answering = self.inference.answer(body, headers, receive, held)
@@ -125,23 +125,23 @@ class Gateway:
         finally:
             held.keep(0)
 
-    async def _whole(self, held: Held, receive: Receive) -> bytes:
+    async def _whole(self, held: Held, receive: Receive, state: Mapping[str, Answer]) -> bytes:
         """Read a body."""
         try:
-            return await asyncio.wait_for(_received(held, receive), self._limits.body_timeout)
+            return await asyncio.wait_for(_received(held, receive, state), self._limits.body_timeout)
         except (asyncio.TimeoutError, TimeoutError):
             text = f"the request's body took longer than {self._limits.body_timeout:g} s to arrive"
             raise RefusedBodyError(refusal(408, "slow_body", text, CLOSE)) from None
 
 
-async def _received(held: Held, receive: Receive) -> bytes:
+async def _received(held: Held, receive: Receive, state: Mapping[str, Answer]) -> bytes:
     """Take every part of a body."""
     parts = []
     more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise RefusedBodyError(DISCONNECTED)
+            raise RefusedBodyError(state.get(REFUSAL, DISCONNECTED))
         held.take(message["body"])
         parts.append(message["body"])
         more = message.get("more_body", False)

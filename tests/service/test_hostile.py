@@ -338,6 +338,9 @@ def test_a_body_in_parts_that_are_none_is_refused() -> None:
         sock.sendall(b"what\r\n")
         refused(read_all(sock), 400)
         wait_until(lambda: metric(client, 'guardserve_requests_in_flight{model="net"}') == 0)
+        assert metric(client, 'guardserve_requests_total{model="net",status="400"}') == 1, "as it was answered"
+        assert metric(client, 'guardserve_request_errors_total{model="net",reason="malformed"}') == 1
+        assert metric(client, 'guardserve_request_errors_total{model="net",reason="disconnected"}') == 0
 
 
 @pytest.mark.parametrize(
