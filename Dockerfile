@@ -48,6 +48,7 @@ RUN --mount=type=cache,target=/var/cache/pip --mount=type=secret,id=pip,target=/
     && pip --python /venv/bin/python install --constraint constraints.txt --requirement requirements.txt
 
 COPY README.md LICENSE setup.py ./
+COPY native native
 COPY guardserve guardserve
 RUN --mount=type=cache,target=/var/cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip --python /venv/bin/python install --no-deps --prefix /package .

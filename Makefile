@@ -49,7 +49,7 @@ $(VENV)/.venv:
 	$(PIP) 'pip>=25.1'
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.venv pyproject.toml setup.py guardserve/native.c constraints.txt
+$(VENV)/.demo: $(VENV)/.venv pyproject.toml setup.py $(wildcard native/*) constraints.txt
 	$(PIP) --editable '.[demo]'
 	touch $@
 

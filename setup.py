@@ -6,8 +6,9 @@ setup(
     ext_modules=[
         Extension(
             "guardserve.native",
-            ["guardserve/native.c"],
-            extra_compile_args=["-std=c11", "-O3", "-fopenmp-simd"],
+            [f"native/{part}.c" for part in ("module", "tensors", "finite", "modes", "sums", "slot", "forward")],
+            depends=["native/native.h"],
+            extra_compile_args=["-std=c11", "-O3", "-fopenmp-simd", "-fvisibility=hidden"],
             py_limited_api=True,
             optional=True,  # without a compiler all is the same, but slower
         )

@@ -23,8 +23,21 @@ from guardserve.batchnorm import FusedBatchNorm, GraphBatchNorm
 Look = Callable[[torch.Tensor], None]
 """Called with a layer's input."""
 
+Glance = Callable[[torch.Tensor], bool]
+"""Called in its place, where nobody else looks; says whether that will do, also for the layer's own check."""
+
 _CHECK = "_check_input_dim"
 _ASKS_FIRST = _CHECK in _BatchNorm.forward.__code__.co_names
+
+_RANKS: dict[object, tuple[int, ...] | None] = {
+    nn.BatchNorm1d._check_input_dim: (2, 3),  # noqa: SLF001
+    nn.BatchNorm2d._check_input_dim: (4,),  # noqa: SLF001
+    nn.BatchNorm3d._check_input_dim: (5,),  # noqa: SLF001
+    FusedBatchNorm._check_input_dim: None,  # noqa: SLF001
+    GraphBatchNorm._check_input_dim: None,  # noqa: SLF001
+}
+
+_compiling = torch.compiler.is_dynamo_compiling
 
 _LOCK = threading.RLock()  # the garbage collector may come upon a handle to remove while it is held
 
@@ -40,7 +53,7 @@ class Handle(Protocol):
         """End it; again it does nothing."""
 
 
-def on_input(layer: nn.Module, look: Look, *, training: bool = False) -> Handle:
+def on_input(layer: nn.Module, look: Look, *, training: bool = False, glance: Glance | None = None) -> Handle:
     """Look at each input of a layer before anything else does, until the handle that is returned is removed.
 
     A deep copy or a pickle of the layer is not looked at; what enters a shallow copy counts as the layer's.
@@ -49,6 +62,7 @@ def on_input(layer: nn.Module, look: Look, *, training: bool = False) -> Handle:
         layer: The layer.
         look: What looks.
         training: Whether it need only look while the layer is in training mode.
+        glance: A quicker look, that takes inputs of the layer's :func:`ranks` only; it is not compiled.
     """
     if not has_inlet(layer):
         return layer.register_forward_pre_hook(_Hook(look), with_kwargs=True)
@@ -58,8 +72,19 @@ def on_input(layer: nn.Module, look: Look, *, training: bool = False) -> Handle:
             inlet.training_looks += (look,)
         else:
             inlet.looks += (look,)
+            inlet.glances[look] = glance
+            inlet.settle()
         vars(layer)[_CHECK] = inlet
     return _Handle(layer, inlet, look)
+
+
+def ranks(layer: nn.Module) -> tuple[int, ...] | None:
+    """Return the numbers of axes that a layer's own check lets pass, and that it looks at no more; None for any.
+
+    Raises:
+        KeyError: If nobody knows what its check does.
+    """
+    return _RANKS[getattr(type(layer), _CHECK, None)]
 
 
 def has_inlet(layer: nn.Module) -> bool:
@@ -93,11 +118,14 @@ class Inlet:
     Attributes:
         looks: Who looks at it.
         training_looks: Who does while the layer is in training mode.
+        glances: Quicker ways of those who look.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         self.looks: tuple[Look, ...] = ()
         self.training_looks: tuple[Look, ...] = ()
+        self.glances: dict[Look, Glance | None] = {}
+        self._glance: Glance | None = None
         self._layer = layer
         takes_any = isinstance(layer, (FusedBatchNorm, GraphBatchNorm))
         self._check: Look | None = None if takes_any else getattr(type(layer), _CHECK).__get__(layer)
@@ -108,10 +136,17 @@ class Inlet:
         if self.training_looks and self._layer.training:
             for look in self.training_looks:
                 look(x)
+        # what is compiled must not come upon a glance
+        if not _compiling() and self._glance is not None and self._glance(x):
+            return
         for look in self.looks:
             look(x)
         if self._check is not None:
             self._check(x)
+
+    def settle(self) -> None:
+        """Find out whether somebody looks alone."""
+        self._glance = self.glances.get(self.looks[0]) if len(self.looks) == 1 else None
 
     def __reduce__(self) -> tuple[type[Inlet], tuple[nn.Module]]:
         return Inlet, (self._layer,)
@@ -149,6 +184,8 @@ class _Handle:
         inlet = self._inlet
         with _LOCK:
             inlet.looks = _without(inlet.looks, self._look)
+            inlet.glances.pop(self._look, None)
+            inlet.settle()
             inlet.training_looks = _without(inlet.training_looks, self._look)
             if not inlet.looks and not inlet.training_looks and vars(self._layer).get(_CHECK) is inlet:
                 vars(self._layer).pop(_CHECK, None)  # the garbage collector may have come first

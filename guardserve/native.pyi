@@ -1,29 +1,41 @@
-from typing import final
+from typing import Any, final
 
 import torch
 
 @final
-class Slot:
-    starts: bytes
+class Cells:
     def __init__(
         self,
         shape: tuple[int, ...],
         stride: tuple[int, ...],
-        starts: bytes,
+        samples: int,
+        outer: int,
         strips: bytes,
         length: int,
         step: int,
-        apart: int,
-        samples: int,
-        anchor: int,
-        channels: int,
-        mean: int,
-        variance: int,
+        axes: bytes,
+        rowed: int,
+        positions: int,
+        turning: int,
         row: int,
-        memory: object,
+        hop: int,
+        behind: int,
     ) -> None: ...
+
+@final
+class Slot:
+    def __init__(self, cells: Cells, anchor: int, mean: int, variance: int, row: int, memory: object) -> None: ...
     @property
     def turn(self) -> int: ...
     def take(self, x: torch.Tensor, turn: int, /) -> bool: ...
 
+@final
+class Glance:
+    def __init__(self, owner: object, index: int, ranks: tuple[int, ...] = ...) -> None: ...
+    def at(self, x: torch.Tensor, /) -> bool: ...
+
+def begin(owner: object, slots: list[Slot | None], turn: int, timed: bool, /) -> None: ...
+def end(owner: object, /) -> tuple[int, float]: ...
 def is_finite(x: object, /) -> bool | None: ...
+def is_training(attributes: list[Any], /) -> bool: ...
+def hold_only(dicts: list[dict[str, Any]], values: tuple[Any, ...], /) -> bool: ...

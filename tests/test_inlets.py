@@ -63,6 +63,72 @@ def test_several_look_in_order_and_leave_in_any() -> None:
     assert seen[5:] == ["a", "c"]
 
 
+def test_who_looks_alone_may_have_a_quicker_way() -> None:
+    """It stands in for the look and for the layer's check where it says so, and steps aside while others look."""
+    layer, seen, will_do = nn.BatchNorm2d(3).eval(), list[str](), [True]
+
+    def look(_: torch.Tensor) -> None:
+        seen.append("look")
+
+    def glance(_: torch.Tensor) -> bool:
+        seen.append("glance")
+        return will_do[0]
+
+    handle = on_input(layer, look, glance=glance)
+    layer(X)
+    will_do[0] = False
+    layer(X)
+    assert seen == ["glance", "glance", "look"]
+    other = on_input(layer, lambda _: seen.append("other"))
+    layer(X)
+    assert seen[3:] == ["look", "other"]
+    other.remove()
+    layer(X)
+    assert seen[5:] == ["glance", "look"]
+    handle.remove()
+    layer(X)
+    assert len(seen) == 7
+    assert "_check_input_dim" not in vars(layer)
+
+
+class NoNegatives(nn.BatchNorm2d):
+    """A layer with a check of its own."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 - BatchNorm's own name for it
+        if input.min() < 0:
+            raise ValueError("negative")
+
+
+class Forgiving(nn.Module):
+    """Counts what its layer refuses."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm1d(3), layer)
+        self.refused = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Go on without the layer."""
+        self.layers[0](x.flatten(2))
+        try:
+            self.layers[1](x)
+        except ValueError:
+            self.refused += 1
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"), [(NoNegatives(3), -torch.ones(2, 3, 4, 4)), (nn.BatchNorm2d(3), torch.ones(2, 3, 4))]
+)
+def test_a_monitored_layers_check_has_its_say_every_time(layer: nn.Module, x: torch.Tensor) -> None:
+    """Also of inputs that are alike to those that the monitor knows where to read."""
+    model = Forgiving(layer).eval()
+    with Monitor(model), torch.inference_mode():
+        for _ in range(5):
+            model(x)
+    assert model.refused == 5
+
+
 def test_copies_pickles_scripts_and_fused_copies_are_not_looked_at() -> None:
     """They answer as the model does, and the model itself is looked at still."""
     model, seen = net(), list[torch.Tensor]()

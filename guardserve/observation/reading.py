@@ -42,8 +42,6 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 _KEPT_CELLS = 1024
 
-_KEPT_TURNS = 2**14
-
 _CHUNK = 2**18
 
 _MOST_SCRATCH = 2**22
@@ -178,8 +176,12 @@ class Plan:
         size: Size of what is read, ``(N, C, *positions)``, if its cells are of the same size.
         step: How far the position that chooses the cell moves from turn to turn.
         uniform: Whether its cells are of the same size.
-        turns: Whether there is more than one.
         strips: Where strips of positions begin in a uniform cell, int64, their length, and their step.
+        outer: How far samples are from each other, in values.
+        row: How many cells lie in a row, each as far behind the one before: those of the last axes.
+        rowed: How many of these axes.
+        hop: How many cells on in the row the next sample reads.
+        behind: How far these are from each other.
     """
 
     def __init__(
@@ -193,7 +195,7 @@ class Plan:
         self.positions = math.prod(sizes)
         self.axes = tuple(range(2, 2 + len(sizes)))
         self._size = (rows // each, channels)
-        self._stride = (outer * each, channel)
+        self.outer, self._apart = outer * each, channel
         self._strides = tuple(strides)
         least = self.positions if self.positions <= FEW_POSITIONS else MIN_POSITIONS
         target = self.positions if values is None else max(least, values // max(1, channels))
@@ -209,13 +211,12 @@ class Plan:
         self.step = step
         self.uniform = all(len({len(part) for part in axis.parts}) == 1 for axis in self.parts)
         self.size = (*self._size, *[len(axis.parts[0]) for axis in self.parts])
-        self._row = self._find_row() if self.uniform else 1
-        self._apart = self._find_distance()
-        self.turns = any(len(axis.parts) > 1 for axis in self.parts)
+        self.rowed = self._find_rowed() if self.uniform else 0
+        self.row = math.prod(len(axis.parts) for axis in self.parts[len(self.parts) - self.rowed :])
+        self.behind = self._view(1)[0] - self._view(0)[0] if self.row > 1 else 0
+        self.hop = self._find_hop()
         self.strips = self._find_strips()
         self._cells: dict[int, tuple[Cell, ...]] = {}
-        self._starts: dict[int, bytes] = {}
-        self._turned: dict[int, int] = {}
 
     def cells(self, turn: int) -> tuple[Cell, ...]:
         """Return what is read in a forward, all samples in order: cells from that of some position on."""
@@ -227,21 +228,17 @@ class Plan:
             cells = self._cells[index] = tuple(self._make(index))
         return cells
 
-    def starts(self, turn: int) -> bytes:
-        """Return where each sample's cell begins in a forward, int64, in values from the activation's first."""
-        turn %= max(1, self.positions)
-        index = self._turned.get(turn)
-        if index is None:
-            if len(self._turned) >= _KEPT_TURNS:
-                self._turned.clear()
-            index = self._turned[turn] = self._index(turn)
-        starts = self._starts.get(index)
-        if starts is None:
-            if len(self._starts) >= _KEPT_CELLS:
-                self._starts.clear()
-            offsets = [cell.offset + np.add.outer(*_steps(cell)) for cell in self.cells(turn)]
-            starts = self._starts[index] = np.concatenate([offset.ravel() for offset in offsets]).tobytes()
-        return starts
+    def sharing(self) -> bytes:
+        """Return how each axis is shared out.
+
+        That is its size, its number of parts, the part that each index is in, and how far each part is from the first,
+        int64.
+        """
+        numbers: list[int] = []
+        for axis, stride in zip(self.parts, self._strides, strict=True):
+            offsets = [part.start * stride for part in axis.parts]
+            numbers += [len(axis.part_of), len(axis.parts), *axis.part_of, *offsets]
+        return np.array(numbers, np.int64).tobytes()
 
     def _index(self, turn: int) -> int:
         """Return which cell is the first sample's in a forward."""
@@ -256,14 +253,10 @@ class Plan:
         """Return how many positions of each sample are read in a forward."""
         return self.cells(turn)[0].count
 
-    def _find_row(self) -> int:
-        """Return how many cells lie in a row, each as far behind the one before: those of the last axis or two."""
-        if not self.parts:
-            return 1
-        row = len(self.parts[-1].parts)
+    def _find_rowed(self) -> int:
         if len(self.parts) > 1 and self._strides[-2] == self._strides[-1] * len(self.parts[-1].part_of):
-            row *= len(self.parts[-2].parts)
-        return row
+            return 2
+        return min(1, len(self.parts))
 
     def _find_strips(self) -> tuple[bytes, int, int]:
         """Return where strips of positions begin in a uniform cell, int64, their length, and their step."""
@@ -274,38 +267,36 @@ class Plan:
             starts = np.add.outer(starts, np.arange(count) * apart).ravel()
         return starts.tobytes(), length, step
 
-    def _find_distance(self) -> int:
-        """Return how many cells on in the row the next sample reads: together, they spread over it and its columns."""
-        if self._row == 1:
+    def _find_hop(self) -> int:
+        """Return how far on in the row the next sample reads: together, they spread over it and its columns."""
+        if self.row == 1:
             return 0
-        apart = max(1, self._row // max(1, self._size[0]))
-        while math.gcd(apart, len(self.parts[-1].parts)) > 1:
-            apart -= 1
-        return apart
+        hop = max(1, self.row // max(1, self._size[0]))
+        while math.gcd(hop, len(self.parts[-1].parts)) > 1:
+            hop -= 1
+        return hop
 
     def _make(self, index: int) -> Iterator[Cell]:
         """Share the samples out to the cells of a row, as evenly as can be, beginning with a given one."""
-        row, (samples, _) = self._row, self._size
+        row, hop, behind, (samples, channels) = self.row, self.hop, self.behind, self._size
         first, start = index - index % row, index % row
         base, size, stride = self._view(first)
-        behind = self._view(first + 1)[0] - base if row > 1 else 0
-        apart = self._apart
-        outer, taken = self._stride[0], 0
+        outer, taken = self.outer, 0
         while taken < samples:
-            place = (start + taken * apart) % row
+            place = (start + taken * hop) % row
             offset = taken * outer + base + place * behind
-            step = outer + apart * behind
+            step = outer + hop * behind
             left = samples - taken
             if row == 1:
                 count, rounds = left, None
-            elif place == 0 and apart == 1 and left >= 2 * row:
+            elif place == 0 and hop == 1 and left >= 2 * row:
                 rounds = left // row
                 count = rounds * row
             else:
-                count, rounds = min(left, (row - 1 - place) // apart + 1), None
+                count, rounds = min(left, (row - 1 - place) // hop + 1), None
             lead = (count,) if rounds is None else (rounds, row)
             lead_stride = (step,) if rounds is None else (row * outer, step)
-            lead, lead_stride = (*lead, self._size[1]), (*lead_stride, self._stride[1])
+            lead, lead_stride = (*lead, channels), (*lead_stride, self._apart)
             yield Cell(
                 slice(taken, taken + count),
                 lead + size,
@@ -325,12 +316,6 @@ class Plan:
         offset = sum(part.start * step for part, step in zip(chosen, self._strides, strict=True))
         stride = tuple(part.step * step for part, step in zip(chosen, self._strides, strict=True))
         return offset, tuple(len(part) for part in chosen), stride
-
-
-def _steps(cell: Cell) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return how far the samples of a cell are from its first, by round and within it."""
-    rounds, count = (1, cell.size[0]) if cell.rounds is None else cell.size[:2]
-    return np.arange(rounds) * cell.stride[0], np.arange(count) * cell.stride[cell.rounds is not None]
 
 
 def _merged(axes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

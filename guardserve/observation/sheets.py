@@ -20,13 +20,11 @@ class Sheet:
     Attributes:
         workspace: How it is laid out.
         slots: The slot of each observation point; None where there is none.
-        turning: See :meth:`Workspace.turning`.
     """
 
     def __init__(self, workspace: Workspace, memory: _Memory, shelf: _Shelf) -> None:
         self.workspace = workspace
         self.slots = workspace.slots(memory.values)
-        self.turning = workspace.turning(self.slots)
         self._memory = memory
         self._shelf = shelf
         self._waiting = False
@@ -59,11 +57,8 @@ class Sheets:
     def __init__(self) -> None:
         self._shelves: dict[int, _Shelf] = {}
 
-    def take(self, workspace: Workspace, turn: int) -> Sheet:
-        """Return a sheet that no other forward has.
-
-        All of its slots are told at once what to take in this turn, as between layers caches are cold.
-        """
+    def take(self, workspace: Workspace) -> Sheet:
+        """Return a sheet that no other forward has."""
         size = workspace.size
         shelf = self._shelves.get(size)
         if shelf is None:
@@ -77,10 +72,6 @@ class Sheets:
             if len(memory.sheets) >= _KEPT_SHEETS:
                 memory.sheets.clear()
             sheet = memory.sheets[workspace] = Sheet(workspace, memory, shelf)
-        for plan, slots in sheet.turning.items():
-            starts = plan.starts(turn)
-            for slot in slots:
-                slot.starts = starts
         return sheet
 
 

@@ -22,7 +22,7 @@ from typing_extensions import Self
 
 from guardserve.batchnorm import ObservationPoint, batchnorm_layers, observation_points
 from guardserve.graphs import SCRIPT_OPERATORS, GraphMarks, graph_norms
-from guardserve.inlets import NOTHING, Look, looks_still, on_input
+from guardserve.inlets import NOTHING, Glance, Look, looks_still, on_input, ranks
 from guardserve.nonfinite import named_tensors
 from guardserve.observation.compiled import (
     InGraph,
@@ -43,6 +43,10 @@ from guardserve.observation.sheets import Sheets
 from guardserve.observation.workspace import NATIVE, Place, Workspace, fits
 from guardserve.tracing import this_thread
 
+if NATIVE:
+    from guardserve.native import Glance as _Glance
+    from guardserve.native import begin, end
+
 if TYPE_CHECKING:
     from guardserve.native import Slot
 
@@ -52,6 +56,9 @@ TIMED = 16
 _KEPT_PLANS = 64
 
 _Key = tuple[torch.Size, int | None, bool]
+
+_Faults = dict[int, tuple[int, str]]
+"""Why layers cannot be read, by their index, and in which turn that was found."""
 
 _LOST = "its forward, its check of the input or its hooks were replaced since: attach the monitor again"
 
@@ -85,10 +92,10 @@ class RootHook(functools.partial[None]):
 class _Tap:
     """Reads one layer."""
 
-    def __init__(self, index: int, point: ObservationPoint) -> None:
+    def __init__(self, index: int, point: ObservationPoint, faults: _Faults) -> None:
         self.index = index
         self.point = point
-        self.fault: str | None = None
+        self._faults = faults
         self._plans: dict[object, tuple[Plan, torch.Tensor]] = {}
 
     def read(self, x: torch.Tensor, record: Record) -> None:
@@ -98,23 +105,27 @@ class _Tap:
         key = (x.shape, x.stride(), x.device, record.samples, record.values)
         planned = self._plans.get(key)
         if planned is None:
-            planned = self._plan(x, record)
-            if planned is None:
+            if not self.point.takes(x):
+                self._faults[self.index] = record.turn, "its input has not the shape that its statistics are for"
                 return
+            if not x.numel():
+                return
+            planned = self._plan(x, record)
             if len(self._plans) >= _KEPT_PLANS:
                 self._plans.clear()
             self._plans[key] = planned
         record.readings.append(read(self.index, x, planned[0], record.turn, planned[1], scratch=record.scratch))
         if record.key is not None:
             record.places.append(Place(self.index, x.shape, x.stride(), *planned))
-        self.fault = None
 
-    def _plan(self, x: torch.Tensor, record: Record) -> tuple[Plan, torch.Tensor] | None:
-        if not self.point.takes(x):
-            self.fault = "its input has not the shape that its statistics are for"
-            return None
-        if not x.numel():
-            return None
+    def excuse(self, error: Exception, turn: int) -> None:
+        """Take down why an input could not be read."""
+        if self.index not in self._faults:
+            _log.warning("BatchNorm layer %s cannot be monitored", self.point.name, exc_info=error)
+        reason = next(iter(str(error).splitlines()), "")
+        self._faults[self.index] = turn, f"it could not be read: {type(error).__name__}: {reason}"
+
+    def _plan(self, x: torch.Tensor, record: Record) -> tuple[Plan, torch.Tensor]:
         plan = plan_for(x.shape, x.stride(), record.values, record.samples)
         return plan, self.point.anchor.to(x.device).reshape(-1, *[1 for _ in plan.axes])
 
@@ -138,6 +149,8 @@ class Taps:
         self.values = values
         self.keyed = False
         self._unobserved: dict[str, str] = {}
+        self._faults: _Faults = {}
+        self._owner = object()
         self._emit = emit
         self._turns = itertools.count()
         self._no_slots: list[Slot | None] = []
@@ -168,7 +181,7 @@ class Taps:
         return (
             self._unobserved
             | {tap.point.name: _LOST for tap in lost}
-            | {tap.point.name: tap.fault for tap in self._taps if tap.fault is not None}
+            | {self.points[index].name: fault for index, (_, fault) in sorted(self._faults.copy().items())}
             | {self.points[index].name: _ELSEWHERE for index in self._graph.elsewhere}
         )
 
@@ -193,9 +206,9 @@ class Taps:
         weakref.finalize(self, self._graph.close)
         self._open = _Open(self._graph)
         for index, point in enumerate(self.points):
-            tap = _Tap(index, point)
+            tap = _Tap(index, point, self._faults)
             self._taps.append(tap)
-            self._handles.append(on_input(point.layer, self._reader(tap)))
+            self._handles.append(on_input(point.layer, self._reader(tap), glance=self._glance(tap)))
         observed = {point.name for point in self.points}
         for name, _ in batchnorm_layers(model):
             if name not in observed:
@@ -228,19 +241,28 @@ class Taps:
                     slot = record.slots[index]
                     if slot is not None and slot.take(x, record.turn):
                         record.taken += 1
-                        tap.fault = None
                     else:
                         if record.scratch is None:
                             record.scratch = opened.scratch
                             record.scratch.rewind()
                         tap.read(x, record)
                 except Exception as error:  # noqa: BLE001 - whatever it is, the answer is not to be lost with it
-                    _excuse(tap, error)
+                    tap.excuse(error, record.turn)
                 if began:
                     record.spent += clock() - began
 
         skip(look)
         return look
+
+    def _glance(self, tap: _Tap) -> Glance | None:
+        """Return the quick way to a layer's slot, if there may be one."""
+        if not NATIVE:
+            return None
+        try:
+            allowed = ranks(tap.point.layer)
+        except KeyError:
+            return None
+        return _Glance(self._owner, tap.index, *[] if allowed is None else [allowed]).at
 
     def _read_alone(self, tap: _Tap, x: torch.Tensor) -> None:
         """Read where a part of the model was called by itself."""
@@ -250,9 +272,10 @@ class Taps:
         try:
             tap.read(x, record)
             if record.readings:
+                self._faults.pop(tap.index, None)
                 self._finish(record)
         except Exception as error:  # noqa: BLE001 - see above
-            _excuse(tap, error)
+            tap.excuse(error, record.turn)
 
     @uncompiled
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NOTHING) -> None:
@@ -264,6 +287,8 @@ class Taps:
         if opened.record is not None and _calls_itself(model):  # else it is one that was given up
             opened.depth += 1
             return
+        if opened.record is not None:
+            self._leave(opened.record)
         opened.depth = 0
         if _looks_only():
             opened.record = _IGNORED
@@ -294,8 +319,9 @@ class Taps:
             key = shape, values, first.is_cpu
             workspace = self._workspaces.get(key)
             if workspace is not None:
-                record.sheet = sheet = self._sheets.take(workspace, turn)
+                record.sheet = sheet = self._sheets.take(workspace)
                 record.slots = sheet.slots
+                begin(self._owner, sheet.slots, turn, turn % TIMED == 0)
             elif key not in self._workspaces:
                 record.key = key
         if turn % TIMED == 0:
@@ -317,12 +343,21 @@ class Taps:
         record = opened.record
         opened.record = None
         opened.traced.open = False
+        if record is not None:
+            self._leave(record)
         if record is None or record is _IGNORED or (output is None and sys.exc_info()[0] is not None):
             return
         try:
             self._close(record)
         except Exception as error:  # noqa: BLE001 - see above
             self._give_up(error)
+
+    def _leave(self, record: Record) -> None:
+        """Have layers look no more in a quick way, and count those that did."""
+        if record.sheet is not None:
+            taken, spent = end(self._owner)
+            record.taken += taken
+            record.spent += spent
 
     def _close(self, record: Record) -> None:
         """End a record, and hand it over if it shows anything."""
@@ -337,6 +372,9 @@ class Taps:
         self._order = record.order if bundle is None else bundle.order
         if record.key is not None and self._order:
             self._graph.last = self._order[-1]
+        for index in set(self._faults).intersection(self._order) if self._faults else ():
+            if self._faults[index][0] != record.turn:
+                self._faults.pop(index, None)
         if bundle is not None or record.readings:
             if record.seconds:
                 record.spent += time.perf_counter() - began
@@ -450,10 +488,3 @@ def _calls_itself(model: nn.Module) -> bool:
         calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model  # noqa: SLF001
         frame = frame.f_back
     return calls > 1
-
-
-def _excuse(tap: _Tap, error: Exception) -> None:
-    if tap.fault is None:
-        _log.warning("BatchNorm layer %s cannot be monitored", tap.point.name, exc_info=error)
-    reason = next(iter(str(error).splitlines()), "")
-    tap.fault = f"it could not be read: {type(error).__name__}: {reason}"

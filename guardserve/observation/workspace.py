@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from guardserve.observation.reading import Plan, Rows
 
 try:
-    from guardserve.native import Slot
+    from guardserve.native import Cells, Slot
 except ImportError:
     NATIVE = False
 else:
@@ -93,6 +94,7 @@ class Workspace(Layout):
         self._shape = (1 if flat else 2, self._samples, self.channels)
         self.size = max(_LEAST_SIZE, 1 << (math.prod(self._shape) - 1).bit_length())
         self._anchor = torch.cat([place.anchor.flatten() for place in places]).numpy()
+        self._cells = {place.index: _cells(place.shape, place.stride, place.plan) for place in places}
 
     def slots(self, memory: _Array) -> list[Slot | None]:
         """Lay out memory: return the slot of each observation point, None where there is none."""
@@ -100,18 +102,9 @@ class Workspace(Layout):
         means, *variances = self._view(memory)
         for place, width, end in zip(self._places, self.widths, accumulate(self.widths), strict=True):
             here = slice(end - width, end)
-            strips, length, step = place.plan.strips
             slots[place.index] = Slot(
-                shape=place.shape,
-                stride=place.stride,
-                starts=place.plan.starts(0),
-                strips=strips,
-                length=length,
-                step=step,
-                apart=place.stride[1],
-                samples=self._samples,
+                cells=self._cells[place.index],
                 anchor=self._anchor[here].ctypes.data,
-                channels=width,
                 mean=means[:, here].ctypes.data,
                 variance=variances[0][:, here].ctypes.data if variances else 0,
                 row=self.channels,
@@ -119,21 +112,34 @@ class Workspace(Layout):
             )
         return slots
 
-    def turning(self, slots: Sequence[Slot | None]) -> dict[Plan, list[Slot]]:
-        """Return the slots that take other positions in each forward, by the plan by which they do."""
-        turning: dict[Plan, list[Slot]] = {}
-        for place in self._places:
-            slot = slots[place.index]
-            if slot is not None and place.plan.turns:
-                turning.setdefault(place.plan, []).append(slot)
-        return turning
-
     def rows(self, memory: _Array) -> Rows:
         """Return what was written to memory, as arrays of their own."""
         return Rows(*self._view(memory).copy(), *[None] * (2 - self._shape[0]))
 
     def _view(self, memory: _Array) -> _Array:
         return memory[: math.prod(self._shape)].reshape(self._shape)
+
+
+@lru_cache(maxsize=256)
+def _cells(shape: tuple[int, ...], stride: tuple[int, ...], plan: Plan) -> Cells:
+    """Make what slots go by, the same one for all layers where these are alike."""
+    strips, length, step = plan.strips
+    return Cells(
+        shape=tuple(shape),
+        stride=stride,
+        samples=plan.size[0],
+        outer=plan.outer,
+        strips=strips,
+        length=length,
+        step=step,
+        axes=plan.sharing(),
+        rowed=plan.rowed,
+        positions=plan.positions,
+        turning=plan.step,
+        row=plan.row,
+        hop=plan.hop,
+        behind=plan.behind,
+    )
 
 
 def fits(places: Sequence[Place]) -> bool:

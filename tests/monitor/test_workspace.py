@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from guardserve import Monitor
+from guardserve import Monitor, native
 from guardserve.monitor import accumulation
 from guardserve.observation import reading, sheets, workspace
 from guardserve.observation.reading import Reading, plan_for
@@ -262,11 +262,53 @@ def test_a_slot_refuses_what_it_is_not_for() -> None:
     assert slot.take(x, 0)
     assert not slot.take(x, 0), "it has this forward's"
     assert slot.take(x.clone().requires_grad_(), 1)
-    with pytest.raises(ValueError, match="one int64 for each sample"):
-        slot.starts = b"12345678"
+    with pytest.raises(ValueError, match="counted from 0"):
+        slot.take(x, -1)
     with pytest.raises(TypeError):
         slot.take(x)  # type: ignore[call-arg]
     assert (other.turn, slot.turn) == (-1, 1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shape": (2,) * 9, "stride": (1,) * 9},
+        {"stride": (4, 1)},
+        {"axes": np.array([4, 2, 0, 1, 2, 1, 0, 4]).tobytes()},
+        {"axes": np.array([4, 2, 0, 1]).tobytes()},
+        {"axes": np.array([0, 1, 0]).tobytes()},
+        {"rowed": 2},
+        {"positions": 0},
+        {"row": 0},
+    ],
+)
+def test_cells_that_would_be_read_amiss_are_refused(wrong: dict[str, Any]) -> None:
+    """Their makers have sums to get right; what is compiled must not read what is not there."""
+    axes = np.array([4, 2, 0, 1, 0, 1, 0, 1]).tobytes()
+    strips = np.zeros(1, np.int64).tobytes()
+    right: dict[str, Any] = {"shape": (2, 3, 4), "stride": (12, 4, 1), "samples": 2, "outer": 12, "strips": strips}
+    right |= {"length": 2, "step": 2, "axes": axes, "rowed": 1, "positions": 4, "turning": 3, "row": 2, "hop": 1}
+    right |= {"behind": 1}
+    native.Cells(**right)
+    with pytest.raises(ValueError, match=r"axes"):
+        native.Cells(**right | wrong)
+
+
+OLDER = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__  # torch before 2.10 has none
+import pytest
+raise SystemExit(pytest.main([{path!r}, "-q", "-k", "slots or refuses or half or waits", "-p", "no:cacheprovider"]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="torch is older than 2.10")
+def test_all_is_the_same_where_tensors_do_not_lend_what_they_are() -> None:
+    """Then they are asked for each part of it."""
+    code = OLDER.format(path=__file__)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
 
 
 @pytest.mark.parametrize(("samples", "waiting"), [(1, 3), (200, 0)])
@@ -329,6 +371,59 @@ def test_a_forward_that_skips_a_layer_is_seen_by_the_others() -> None:
     first, second, _ = snapshot.layers
     assert first.mean_shift == pytest.approx(0.5, rel=1e-4)
     assert second.mean_shift == pytest.approx(1.0, rel=1e-4)
+
+
+def seen(monitor: Monitor) -> list[int]:
+    """Return how many samples each layer has seen."""
+    return [layer.samples for layer in monitor.snapshot().layers]
+
+
+def test_layers_go_the_quick_way_to_their_slots() -> None:
+    """Once a forward has shown where to read, no look is needed for one like it."""
+    model, x = mlp(), torch.randn(3, 8)
+    with Monitor(model) as monitor, torch.inference_mode():
+        model(x)
+        for layer in (model[1], model[3]):
+            vars(layer)["_check_input_dim"].looks = (broken,)
+        for _ in range(40):
+            model(x)
+        assert seen(monitor) == [123, 123]
+        with pytest.raises(RuntimeError, match="broken"):
+            model(x[:1])
+
+
+def test_monitors_of_a_model_and_of_its_parts_see_all_of_it() -> None:
+    """Whoever comes or goes, and in whichever order forwards begin and end within each other."""
+    model, x = nn.Sequential(mlp(), nn.Linear(16, 8), mlp()), torch.randn(2, 8)
+    whole, part, twin = Monitor(model), Monitor(model[0]), Monitor(model)
+    with torch.inference_mode():
+        for _ in range(10):
+            model(x)
+        twin.close()
+        part.close()
+        for _ in range(10):
+            model(x)
+    assert [seen(monitor) for monitor in (whole, part, twin)] == [[40] * 4, [20] * 2, [20] * 4]
+    whole.close()
+
+
+def test_a_forward_that_was_given_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a thread does afterwards is not taken for a part of it."""
+    model, x = mlp(), torch.randn(2, 8)
+
+    def interrupted(_: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with Monitor(model) as monitor, torch.inference_mode():
+        for _ in range(3):
+            model(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(model[2], "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model(x)
+        for _ in range(3):
+            model(x)
+        assert seen(monitor) == [12, 12]
 
 
 def test_forwards_of_one_way_too_many_are_counted_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:

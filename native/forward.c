@@ -1,0 +1,142 @@
+/* The forward that a thread is in, and the quick way of its layers to their slots. */
+#include "native.h"
+#include <time.h>
+
+static _Thread_local struct {
+    PyObject *owner, *slots;
+    long long turn, taken;
+    int timed;
+    double spent;
+} forward;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *owner;
+    Py_ssize_t index;
+    uint32_t ranks;
+} Glance;
+
+static double seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static void leave(void)
+{
+    PyObject *owner = forward.owner, *slots = forward.slots;
+    forward.owner = forward.slots = NULL;
+    Py_XDECREF(owner);
+    Py_XDECREF(slots);
+}
+
+static PyObject *begin(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 4 || !PyList_Check(arguments[1])) {
+        PyErr_SetString(PyExc_TypeError, "begin() takes an owner, a list of slots, a turn, and whether to take the time");
+        return NULL;
+    }
+    long long turn = PyLong_AsLongLong(arguments[2]);
+    int timed = PyObject_IsTrue(arguments[3]);
+    if (timed < 0 || turn < 0) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "turns are counted from 0");
+        return NULL;
+    }
+    leave();
+    Py_INCREF(arguments[0]);
+    Py_INCREF(arguments[1]);
+    forward.owner = arguments[0];
+    forward.slots = arguments[1];
+    forward.turn = turn;
+    forward.timed = timed;
+    forward.taken = 0;
+    forward.spent = 0;
+    Py_RETURN_NONE;
+}
+
+static PyObject *end(PyObject *module, PyObject *owner)
+{
+    (void)module;
+    if (forward.owner != owner)
+        return Py_BuildValue("id", 0, 0.0);
+    leave();
+    return Py_BuildValue("Ld", forward.taken, forward.spent);
+}
+
+static PyObject *Glance_at(Glance *glance, PyObject *x)
+{
+    if (!glance->owner || forward.owner != glance->owner || glance->index >= PyList_Size(forward.slots))
+        return PyBool_FromLong(0);
+    PyObject *slot = PyList_GetItem(forward.slots, glance->index);
+    if (!slot || !is_slot(slot))
+        return slot ? PyBool_FromLong(0) : NULL;
+    const double began = forward.timed ? seconds() : 0;
+    Py_INCREF(slot);
+    const int taken = slot_take((Slot *)slot, x, forward.turn, glance->ranks);
+    Py_DECREF(slot);
+    if (forward.timed)
+        forward.spent += seconds() - began;
+    forward.taken += taken;
+    return PyBool_FromLong(taken);
+}
+
+static int Glance_init(Glance *glance, PyObject *arguments, PyObject *keywords)
+{
+    static char *names[] = {"owner", "index", "ranks", NULL};
+    PyObject *owner, *ranks = NULL;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "On|O!", names, &owner, &glance->index, &PyTuple_Type, &ranks))
+        return -1;
+    glance->ranks = ranks ? 0 : ANY_RANK;
+    for (Py_ssize_t i = 0; ranks && i < PyTuple_Size(ranks); i++) {
+        const long rank = PyLong_AsLong(PyTuple_GetItem(ranks, i));
+        if (PyErr_Occurred())
+            return -1;
+        glance->ranks |= rank >= 0 && rank <= MOST_AXES ? 1u << rank : 0;
+    }
+    Py_INCREF(owner);
+    Py_XDECREF(glance->owner);
+    glance->owner = owner;
+    return 0;
+}
+
+static void Glance_dealloc(Glance *glance)
+{
+    Py_XDECREF(glance->owner);
+    free_object((PyObject *)glance);
+}
+
+static const char Glance_doc[] =
+    "Looks at what enters a layer in the forward that the thread is in, if it is one of the owner's.\n\n"
+    "Args:\n"
+    "    owner: What has to have begun the forward.\n"
+    "    index: Which of the forward's slots the layer has.\n"
+    "    ranks: Numbers of axes that its input may have; any, if not given.";
+
+static PyMethodDef Glance_methods[] = {
+    {"at", (PyCFunction)Glance_at, METH_O, "Take an input down in its slot; tell whether that could be done."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot Glance_slots[] = {{Py_tp_init, Glance_init},
+                                     {Py_tp_dealloc, Glance_dealloc},
+                                     {Py_tp_methods, Glance_methods},
+                                     {Py_tp_doc, (void *)Glance_doc},
+                                     {0, NULL}};
+
+static PyType_Spec Glance_spec = {"guardserve.native.Glance", sizeof(Glance), 0, Py_TPFLAGS_DEFAULT, Glance_slots};
+
+PyMethodDef forward_methods[] = {
+    {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL,
+     "Begin a forward in this thread: its owner, the slots of its layers, its turn, and whether to take the time."},
+    {"end", end, METH_O, "End one of an owner's; return how many of its layers were looked at, and the seconds it took."},
+    {NULL, NULL, 0, NULL},
+};
+
+int init_forwards(PyObject *module)
+{
+    PyObject *type = PyType_FromSpec(&Glance_spec);
+    return type ? PyModule_AddObject(module, "Glance", type) : -1;
+}
