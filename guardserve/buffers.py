@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from guardserve.batchnorm import batchnorm_layers
+from guardserve.walks import hold_only
 
 LOOK_INTERVAL = 0.1
 """Seconds between two calls that are looked at: it is a walk through memory that the forward has driven from caches."""
@@ -33,7 +34,7 @@ class _Look:
 
     def __init__(self, dicts: list[dict[str, torch.Tensor | None]], script: Iterable[torch.Tensor]) -> None:
         self._dicts = dicts
-        self._items = [*chain.from_iterable(map(dict.values, dicts))]
+        self._items = tuple(chain.from_iterable(map(dict.values, dicts)))
         tensors = [b for b in (*self._items, *script) if b is not None]
         # a tensor made in inference mode has no counter
         self._counting = [b for b in tensors if is_lazy(b) or not b.is_inference()]
@@ -43,12 +44,7 @@ class _Look:
 
     def is_current(self) -> bool:
         """Tell whether nothing was replaced or written to."""
-        items = [*chain.from_iterable(map(dict.values, self._dicts))]
-        return (
-            len(items) == len(self._items)
-            and all(map(is_, items, self._items))
-            and [*map(_version, self._counting)] == self._counts
-        )
+        return hold_only(self._dicts, self._items) and [*map(_version, self._counting)] == self._counts
 
 
 class BufferWatch:
@@ -103,11 +99,11 @@ class BufferWatch:
         Where they do change, each call is looked at from then on.
         """
         now = time.monotonic()
+        if now < self._next_look:
+            return []
         if not self._marked:  # somebody was in a call already: what others have changed before is not seen
             self.mark()
             self._whole_at = now + LOOK_INTERVAL
-            return []
-        if now < self._next_look:
             return []
         if now < self._next_content and self._seen.is_current():
             self._rest(now)

@@ -13,7 +13,6 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, MutableMapping
 from functools import partial
 from itertools import chain
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from guardserve.batchnorm import FusedBatchNorm, GraphBatchNorm
 from guardserve.inlets import Handle, has_inlet, on_input
+from guardserve.walks import hold_only, is_training
 
 # All are guarded by _LOCK. A module is in _switched while at least one hold needs it in eval mode and it was
 # training before the first of them came. _holds are those that somebody is in.
@@ -33,8 +33,6 @@ _holds: list[EvalHold] = []
 # What was dropped without being left. The garbage collector finds that at any time, also in a thread that has _LOCK: it
 # is let go of as soon as the lock is free.
 _abandoned: deque[EvalHold] = deque()
-
-_training = itemgetter("training")
 
 
 class EvalHold:
@@ -67,9 +65,10 @@ class EvalHold:
             The modules that were found training: none for a model that its owner has put in eval mode.
         """
         with _LOCK:
-            if self._has_grown():
+            if not hold_only(self._containers, self._children):
                 self._survey()
-            found = self._switch_to_eval()
+            joining = self.depth == 0 and bool(_switched)
+            found = self._switch_to_eval() if joining or is_training(self._flags) else []
             if self.depth == 0:
                 _holds.append(self)
             self.depth += 1
@@ -113,8 +112,9 @@ class EvalHold:
         self._hooks.clear()
 
     def _release(self) -> list[nn.Module]:
-        flipped = self._newcomers() if self._has_grown() else []
-        flipped += self._switch_to_eval()
+        flipped = [] if hold_only(self._containers, self._children) else self._newcomers()
+        if is_training(self._flags):
+            flipped += self._switch_to_eval()
         self.depth -= 1
         if self.depth == 0:
             _holds.remove(self)
@@ -145,9 +145,6 @@ class EvalHold:
 
     def _switch_to_eval(self) -> list[nn.Module]:
         """Switch what is training to eval and register it, unless it is registered; return what was training."""
-        joining = self.depth == 0 and bool(_switched)
-        if not joining and not any(map(_training, self._flags)):
-            return []
         found = [(m, flags) for m, flags in zip(self._modules, self._flags, strict=True) if flags["training"]]
         for _, flags in found:
             flags["training"] = False
@@ -167,17 +164,11 @@ class EvalHold:
         self._flags: list[MutableMapping[str, Any]] = [
             vars(m) if "training" in vars(m) else _Attributes(m) for m in self._modules
         ]
-        children = [c for c in (vars(m).get("_modules") for m in self._modules) if isinstance(c, dict)]
-        self._containers = [c for c in children if c]
-        self._leaves = [c for c in children if not c]
+        self._containers = [c for c in (vars(m).get("_modules") for m in self._modules) if isinstance(c, dict)]
         self._children = tuple(chain.from_iterable(map(dict.values, self._containers)))
         for module in self._modules:
             if module not in self._hooks and _heeds_flag(module):
                 self._hooks[module] = _look_after(module, _KeepEval(self))
-
-    def _has_grown(self) -> bool:
-        """Tell whether the tree of modules has changed since the last survey."""
-        return any(self._leaves) or tuple(chain.from_iterable(map(dict.values, self._containers))) != self._children
 
 
 def _let_go_of_abandoned() -> None:
