@@ -103,6 +103,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
         self._delivery = Delivery(transport, self.loop)
         self._looking: asyncio.TimerHandle | None = None
+        self._refusal: Callable[[], object] = bool
         # what has come of the request that is being read, and how many bytes since there was last a body or its headers
         self._stage: Literal["nothing", "head", "headers", "body", "refused", "over"] = "nothing"
         self._unread = 0
@@ -165,7 +166,7 @@ class BoundedConnection(HttpToolsProtocol):
         cycle: Any = self.cycle
         self._heard_all = True
         if self._stage == "refused":
-            return True
+            return self._can_answer_later()
         if self._stage == "over" or (cycle is not None and cycle.response_started and not cycle.response_complete):
             return False
         if self._is_answering:
@@ -177,7 +178,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self._stage == "nothing" or (self._stage != "head" and cycle.response_complete):
             return False
         self._refuse(RefusedHeadError(CUT_SHORT))
-        return self.scheme != "https"
+        return self._can_answer_later()
 
     def pause_writing(self) -> None:
         """Write no more: the client does not take what there is."""
@@ -307,11 +308,19 @@ class BoundedConnection(HttpToolsProtocol):
         bare = bool(self.url) and self.parser.get_method() == b"HEAD"
         self._drop_request(None if self._heard_all else answer)  # most that end their side have gone
         self._stage = "refused"
-        self.throttle.call(functools.partial(self._leave_with, answer, bare=bare))
+        self._refusal = functools.partial(self._leave_with, answer, bare=bare)
+        self.throttle.call(self._refusal)
+
+    def _can_answer_later(self) -> bool:
+        """Tell whether a refused client that sends no more can wait for its turn; else, over TLS, answer it now."""
+        if self.scheme != "https":
+            return True
+        self._refusal()
+        return False
 
     def _leave_with(self, answer: Answer, *, bare: bool) -> bool:
-        """Write the last answer, perhaps without its body, unless the client has gone."""
-        if self.transport.is_closing():
+        """Write the last answer, perhaps without its body, unless the client has gone or has had it."""
+        if self._stage != "refused" or self.transport.is_closing():
             return False
         end = b"connection: close\r\n\r\n"
         self._write(answer.named(Identity({})), self.server_state.default_headers, end, bare=bare)

@@ -12,7 +12,7 @@ import time
 from asyncio import constants
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +25,7 @@ from serving import loaded, wait_until
 from torch import nn
 
 from guardserve.runtime import Runtime
-from guardserve.service import bounds
+from guardserve.service import bounds, throttle
 from guardserve.service.app import Service, create_app
 from guardserve.service.background import serve_in_background
 
@@ -58,17 +58,17 @@ def files(tmp_path_factory: pytest.TempPathFactory, require_program: Callable[[s
 
 
 @contextmanager
-def encrypted(files: dict[str, Any], copies: int = 1) -> Iterator[tuple[Service, Callable[[], ssl.SSLSocket]]]:
-    """Serve a model over TLS; give the application, and what connects to it."""
+def encrypted(files: dict[str, Any], copies: int = 1) -> Iterator[tuple[Service, Callable[..., ssl.SSLSocket]]]:
+    """Serve a model over TLS; give the application, and what connects to it (until a stack ends)."""
     runtime = Runtime(loaded(Copies(copies)))
     app = create_app(runtime)
     context = ssl.create_default_context(cafile=files["ssl_certfile"])
     with (
-        ExitStack() as stack,
+        ExitStack() as own,
         mock.patch("guardserve.service.background.uvicorn.Config", functools.partial(uvicorn.Config, **files)),
     ):
 
-        def connect() -> ssl.SSLSocket:
+        def connect(stack: ExitStack = own) -> ssl.SSLSocket:
             sock = stack.enter_context(socket.create_connection((url.hostname or "", url.port or 0), timeout=20))
             return stack.enter_context(context.wrap_socket(sock, server_hostname="localhost"))
 
@@ -98,6 +98,45 @@ def test_a_server_that_stops_does_not_wait_for_clients_to_agree(files: dict[str,
     assert time.monotonic() - began < 15
 
 
+def last_words(sock: ssl.SSLSocket, said: bytes) -> bytes:
+    """Say something over a connection like that one, end its side of TLS, and read what still comes."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = sock.context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+
+    def exchange(step: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:  # noqa: PERF203 - it is what steps wait by
+                other.sendall(outgoing.read())
+                incoming.write(other.recv(2**16))
+
+    with socket.create_connection(sock.getpeername(), timeout=20) as other:
+        exchange(tls.do_handshake)
+        tls.write(said)
+        other.sendall(outgoing.read())
+        time.sleep(0.2)
+        with suppress(ssl.SSLWantReadError):
+            tls.unwrap()
+        answer: bytes = exchange(lambda: tls.read(2**16))
+        return answer
+
+
+@pytest.mark.parametrize("loop", ["auto", "asyncio"])
+def test_a_refused_client_that_ends_its_side_is_answered_at_once(loop: str, files: dict[str, Any]) -> None:
+    """However many wait for their turns before it: there is no later."""
+    slow = mock.patch.multiple(throttle, INTERVAL=1000.0, CREDIT=0.0)
+    with slow, encrypted({**files, "loop": loop}) as (app, connect):
+        sock = connect()
+        sock.sendall(LIVE + b"\r\n")
+        assert sock.recv(2**16).startswith(b"HTTP/1.1 200")
+        for said in (b"garbage\r\n\r\n", LIVE):
+            answer = last_words(sock, said)
+            assert answer.startswith(b"HTTP/1.1 400")
+            assert answer.count(b"HTTP/1.1") == 1
+        wait_until(lambda: len(app.life.connections) <= 1, timeout=10)
+
+
 @pytest.mark.parametrize("stops", [False, True])
 @pytest.mark.parametrize("loop", ["auto", "asyncio"])
 def test_a_large_answer_that_is_taken_late_is_whole(
@@ -117,8 +156,12 @@ def test_a_large_answer_that_is_taken_late_is_whole(
             received += part
         return received
 
-    with ThreadPoolExecutor() as pool, encrypted({**files, "loop": loop}, copies=1_000_000) as (_, connect):  # 30 MB
-        sock = connect()
+    with (
+        ExitStack() as later,
+        ThreadPoolExecutor() as pool,
+        encrypted({**files, "loop": loop}, copies=1_000_000) as (_, connect),  # 30 MB
+    ):
+        sock = connect(later)  # the end of the answer may still be to read when the server has ended
         sock.sendall(head % (b"" if stops else b"Connection: close\r\n", len(body)) + body)
         select.select([sock], [], [], 20)
         reading = pool.submit(read)
