@@ -264,6 +264,28 @@ def test_workers_of_which_none_answers_start_anew_when_they_are_ready(caplog: py
         assert crew.told(worker) == [Listen()]
 
 
+def test_a_worker_that_has_started_anew_answers_however_often_the_model_is_loaded_again() -> None:
+    """Once; then it loads what the files hold by then, while it answers. The next time it starts anew again."""
+    crew = Crew()
+    one, two = crew.workers
+    for number in (1, 2):
+        for worker in crew.workers:
+            crew.restart(worker)
+        for starts in (1, 2):
+            crew.reloading.begin()
+            crew.is_ready(one, "v1")
+            assert (one.ending, crew.reloading.running) == ((True, False) if starts == 1 else (False, True))
+            assert crew.told(one) == ([] if starts == 1 else [Listen(), Prepare(number)])
+            if starts == 1:
+                crew.restart(one)
+        crew.is_ready(two, "v2")
+        assert crew.told(two) == [], "not before it is known what the other has"
+        crew.reloading.hear(one, Prepared(number, {MODEL: "v2"}))
+        crew.reloading.hear(one, Decided(number, {MODEL: "v2"}))
+        crew.admission.go_on()
+        assert crew.all_told() == [[Decide(number, commit=True)], [Listen()]]
+
+
 def test_a_worker_that_is_being_ended_is_not_what_others_have_to_be_like() -> None:
     """It answers nobody any more, nor is it asked to load its model again, or started anew at once for that."""
     crew = Crew()

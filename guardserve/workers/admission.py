@@ -39,9 +39,9 @@ class Admission:
         Raises:
             GuardserveError: If the model is another each time.
         """
-        if self._reloading.running:
-            return
         for worker in self._workers:
+            if self._reloading.running:
+                return
             if worker.loaded is not None and not (worker.admitted or worker.ending):
                 self._decide(worker, worker.loaded)
 
@@ -50,7 +50,8 @@ class Admission:
         differing: dict[str, str] = {}
         for mate in mates:
             differing |= differences(loaded, mate.loaded or {})
-        if worker.outdated and (differing or not mates):
+        if worker.outdated and (differing or not (mates or worker.anew)):
+            worker.anew = not mates
             worker.renew()
             return
         if differing.keys() == {MODEL} and worker.starts == mates[0].starts == 1:
@@ -63,6 +64,9 @@ class Admission:
             if worker.held:
                 _log.warning("worker %d answers: no worker that has loaded anything else is left", worker.number)
             worker.admitted, worker.held = worker.tell(Listen()), False
+            if worker.outdated and not mates:
+                self._reloading.begin()
+            worker.outdated = worker.anew = False
         elif not worker.held:
             worker.held = True
             _log.error(

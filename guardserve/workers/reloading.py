@@ -27,7 +27,8 @@ class Reloading:
     told to let it answer; if one of them has not, or ends meanwhile, each is told to drop it. A worker that is held
     back starts anew. One that is starting is left to get ready: it may have begun before the files were changed, or
     have other code than they hold now, and starts anew if that shows then, or if nobody answers by whom it could show.
-    Asked for faster than workers start, while none answers, this keeps all from answering.
+    One that has started anew for that answers, whatever was asked meanwhile, and loads its model once more: nobody
+    would answer where this is asked for faster than workers start.
 
     Args:
         workers: All of them, also those that do not take connections now.

@@ -40,6 +40,7 @@ class Worker:
         self.deaths = 0
         self.reason: str | None = None
         self.lost = False
+        self.anew = False
         self.loaded: Contents | None = None
         self.admitted = False
         self.held = False
