@@ -171,5 +171,5 @@ class Connection(BoundedConnection):
 
 def connection_class(max_connections: int) -> type[asyncio.Protocol]:
     """Return the class of a server's connections, of which there may be so many."""
-    throttle = Throttle(min(LINE, max_connections // 4))
+    throttle = Throttle(min(LINE, max_connections // 2))
     return type("Connection", (Connection,), {"max_connections": max_connections, "throttle": throttle})

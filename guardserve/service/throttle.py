@@ -15,7 +15,7 @@ ROUND = 8e-3
 CREDIT = 32e-3
 """Seconds whose turns, where nobody took them, may be taken at once."""
 
-LINE = 256
+LINE = 512
 """Most that wait; when more come the first goes on at once, lest they take up the connections that others may have."""
 
 

@@ -124,16 +124,33 @@ def test_a_flood_of_what_needs_no_forward_is_answered_wholly(monkeypatch: pytest
 
 
 def test_connections_that_wait_are_answered_before_they_take_the_place_of_others() -> None:
-    """With more than a share of all, the first of them does not wait on."""
+    """With more than half of all, the first of them does not wait on."""
     with slow_turns(), serving(Net(), max_connections=16) as client:
-        socks = [socket.create_connection((client.base_url.host, client.base_url.port or 80)) for _ in range(8)]
+        socks = [socket.create_connection((client.base_url.host, client.base_url.port or 80)) for _ in range(12)]
         for sock in socks:
             sock.sendall(LIVE)
             time.sleep(0.05)
         answered = [received(sock, 10 if n < 4 else 0.5)[:12] for n, sock in enumerate(socks)]
-        assert answered == [b"HTTP/1.1 200"] * 4 + [b""] * 4
+        assert answered == [b"HTTP/1.1 200"] * 4 + [b""] * 8
         for sock in socks:
             sock.close()
+
+
+def test_a_flood_from_hundreds_of_connections_waits_for_its_turns() -> None:
+    """All of those that so many may have beside others."""
+    with slow_turns(), serving(Net()) as client, ExitStack() as stack:
+        socks = [stack.enter_context(connected(client)) for _ in range(300)]
+        for sock in socks:
+            sock.sendall(LIVE)
+        assert received(socks[0], 10).startswith(b"HTTP/1.1 200")
+        with connected(client) as model:
+            model.sendall(GOOD)
+            assert received(model, 10).startswith(b"HTTP/1.1 200")
+        time.sleep(0.3)
+        for sock in socks[1:]:
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
 
 
 def test_a_server_that_stops_answers_who_waits_for_a_turn() -> None:
