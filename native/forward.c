@@ -2,12 +2,16 @@
 #include "native.h"
 #include <time.h>
 
-static _Thread_local struct {
+/* One that is not over yet; another model's may be called in the midst of it. */
+typedef struct Forward {
+    struct Forward *outer;
     PyObject *owner, *slots;
     long long turn, taken;
     int timed;
     double spent;
-} forward;
+} Forward;
+
+static _Thread_local Forward *current;
 
 typedef struct {
     PyObject_HEAD
@@ -21,14 +25,6 @@ static double seconds(void)
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-static void leave(void)
-{
-    PyObject *owner = forward.owner, *slots = forward.slots;
-    forward.owner = forward.slots = NULL;
-    Py_XDECREF(owner);
-    Py_XDECREF(slots);
 }
 
 static PyObject *begin(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
@@ -45,41 +41,50 @@ static PyObject *begin(PyObject *module, PyObject *const *arguments, Py_ssize_t 
             PyErr_SetString(PyExc_ValueError, "turns are counted from 0");
         return NULL;
     }
-    leave();
+    Forward *forward = PyMem_Malloc(sizeof(Forward));
+    if (!forward)
+        return PyErr_NoMemory();
     Py_INCREF(arguments[0]);
     Py_INCREF(arguments[1]);
-    forward.owner = arguments[0];
-    forward.slots = arguments[1];
-    forward.turn = turn;
-    forward.timed = timed;
-    forward.taken = 0;
-    forward.spent = 0;
+    *forward = (Forward){current, arguments[0], arguments[1], turn, 0, timed, 0};
+    current = forward;
     Py_RETURN_NONE;
 }
 
 static PyObject *end(PyObject *module, PyObject *owner)
 {
     (void)module;
-    if (forward.owner != owner)
+    Forward **place = &current; /* those before it may have been given up, and end when their owners begin anew */
+    while (*place && (*place)->owner != owner)
+        place = &(*place)->outer;
+    Forward *forward = *place;
+    if (!forward)
         return Py_BuildValue("id", 0, 0.0);
-    leave();
-    return Py_BuildValue("Ld", forward.taken, forward.spent);
+    *place = forward->outer;
+    PyObject *seen = Py_BuildValue("Ld", forward->taken, forward->spent);
+    Py_DECREF(forward->owner);
+    Py_DECREF(forward->slots);
+    PyMem_Free(forward);
+    return seen;
 }
 
 static PyObject *Glance_at(Glance *glance, PyObject *x)
 {
-    if (!glance->owner || forward.owner != glance->owner || glance->index >= PyList_Size(forward.slots))
+    Forward *forward = current;
+    if (!forward || forward->owner != glance->owner || glance->index >= PyList_Size(forward->slots))
         return PyBool_FromLong(0);
-    PyObject *slot = PyList_GetItem(forward.slots, glance->index);
+    PyObject *slot = PyList_GetItem(forward->slots, glance->index);
     if (!slot || !is_slot(slot))
         return slot ? PyBool_FromLong(0) : NULL;
-    const double began = forward.timed ? seconds() : 0;
+    const double began = forward->timed ? seconds() : 0;
     Py_INCREF(slot);
-    const int taken = slot_take((Slot *)slot, x, forward.turn, glance->ranks);
+    const int taken = slot_take((Slot *)slot, x, forward->turn, glance->ranks);
     Py_DECREF(slot);
-    if (forward.timed)
-        forward.spent += seconds() - began;
-    forward.taken += taken;
+    if (current == forward) { /* code of others may have run, as where a mode of torch's is on */
+        forward->taken += taken;
+        if (forward->timed)
+            forward->spent += seconds() - began;
+    }
     return PyBool_FromLong(taken);
 }
 

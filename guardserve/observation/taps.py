@@ -287,8 +287,8 @@ class Taps:
         if opened.record is not None and _calls_itself(model):  # else it is one that was given up
             opened.depth += 1
             return
-        if opened.record is not None:
-            self._leave(opened.record)
+        if opened.record is not None and opened.record.sheet is not None:
+            end(self._owner)
         opened.depth = 0
         if _looks_only():
             opened.record = _IGNORED
@@ -343,21 +343,16 @@ class Taps:
         record = opened.record
         opened.record = None
         opened.traced.open = False
-        if record is not None:
-            self._leave(record)
+        if record is not None and record.sheet is not None:
+            taken, spent = end(self._owner)
+            record.taken += taken
+            record.spent += spent
         if record is None or record is _IGNORED or (output is None and sys.exc_info()[0] is not None):
             return
         try:
             self._close(record)
         except Exception as error:  # noqa: BLE001 - see above
             self._give_up(error)
-
-    def _leave(self, record: Record) -> None:
-        """Have layers look no more in a quick way, and count those that did."""
-        if record.sheet is not None:
-            taken, spent = end(self._owner)
-            record.taken += taken
-            record.spent += spent
 
     def _close(self, record: Record) -> None:
         """End a record, and hand it over if it shows anything."""

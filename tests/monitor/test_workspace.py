@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import subprocess
 import sys
@@ -45,6 +46,11 @@ def mlp() -> nn.Sequential:
 def broken(_: torch.Tensor) -> torch.Tensor:
     """Fail."""
     raise RuntimeError("broken")
+
+
+def interrupt(_: torch.Tensor) -> torch.Tensor:
+    """Give up, as a user's Ctrl-C makes it."""
+    raise KeyboardInterrupt
 
 
 class Skipping(nn.Module):
@@ -407,18 +413,52 @@ def test_monitors_of_a_model_and_of_its_parts_see_all_of_it() -> None:
     whole.close()
 
 
+class Calling(nn.Module):
+    """Calls a model that is no part of it, in between its layers or behind them."""
+
+    def __init__(self, other: nn.Module, *, behind: bool) -> None:
+        super().__init__()
+        self.layers = mlp()
+        self._other = (other,)  # in a tuple, or it would be a part
+        self._behind = behind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pass its layers."""
+        y: torch.Tensor = self.layers[:2](x)
+        if self._behind:
+            y = self.layers[2:](y)
+        with contextlib.suppress(KeyboardInterrupt):
+            self._other[0](x)
+        return y if self._behind else self.layers[2:](y)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_model_that_another_calls_takes_nothing_from_it(
+    behind: bool, interrupted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each monitor has its own, also where the model that was called gives up."""
+    other, x = mlp(), torch.randn(2, 8)
+    model = Calling(other, behind=behind).eval()
+    with Monitor(model) as monitor, Monitor(other) as its, torch.inference_mode():
+        other(x)
+        if interrupted:
+            monkeypatch.setattr(other[2], "forward", interrupt)
+        for _ in range(10):
+            model(x)
+        assert seen(monitor) == [20, 20]
+        assert seen(its) == [2 if interrupted else 22] * 2
+
+
 def test_a_forward_that_was_given_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a thread does afterwards is not taken for a part of it."""
     model, x = mlp(), torch.randn(2, 8)
-
-    def interrupted(_: torch.Tensor) -> torch.Tensor:
-        raise KeyboardInterrupt
 
     with Monitor(model) as monitor, torch.inference_mode():
         for _ in range(3):
             model(x)
         with monkeypatch.context() as patch:
-            patch.setattr(model[2], "forward", interrupted)
+            patch.setattr(model[2], "forward", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 model(x)
         for _ in range(3):
