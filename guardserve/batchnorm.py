@@ -227,8 +227,9 @@ class ObservationPoint:
 
     @property
     def readable(self) -> bool:
-        """Whether the layer has running statistics now: a lazy one has none before its first input."""
-        return isinstance(self.layer, FusedBatchNorm) or has_running_stats(self.layer)
+        """Whether the layer has running statistics now: a lazy one has none before its first input, or one on meta."""
+        held = isinstance(self.layer, FusedBatchNorm) or has_running_stats(self.layer)
+        return held and not any(value is not None and value.is_meta for value in self.constants)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Tell whether a tensor has a channel axis with as many channels as the layer has statistics."""

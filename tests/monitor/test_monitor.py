@@ -98,6 +98,21 @@ def captured(model: nn.Module, batches: list[torch.Tensor]) -> dict[str, torch.T
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_model_that_is_moved_to_meta_shows_nothing_and_breaks_nothing(before: int) -> None:
+    """Its tensors hold no values, nor do its statistics."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(144)).eval()
+    with Monitor(model) as monitor, torch.inference_mode():
+        for _ in range(before):
+            model(torch.randn(2, 3, 8, 8))
+        model.to("meta")
+        for _ in range(3):
+            model(torch.randn(2, 3, 8, 8, device="meta"))
+        assert not monitor.snapshot().layers
+        assert not monitor.unobservable_channels
+        assert monitor.verdict().state == "warming"
+
+
 def test_it_attaches_to_every_kind_and_removes_itself_wholly() -> None:
     """1d, 2d, 3d, Sync, lazy and subclasses are watched; InstanceNorm is not; nothing stays after close."""
     model = Every().eval()
