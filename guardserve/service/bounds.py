@@ -334,6 +334,7 @@ class BoundedConnection(HttpToolsProtocol):
             if answer is not None:
                 cycle.scope["state"][REFUSAL] = answer
             cycle.disconnected = True
+            cycle.waiting_for_100_continue = False  # uvicorn would still tell it to go on
             cycle.message_event.set()
 
     def _leave(self) -> None:

@@ -343,6 +343,15 @@ def test_a_body_in_parts_that_are_none_is_refused() -> None:
         assert metric(client, 'guardserve_request_errors_total{model="net",reason="disconnected"}') == 0
 
 
+def test_a_refused_client_is_not_told_to_go_on() -> None:
+    """Though it had asked whether it may; its request is counted as it was answered."""
+    with serving(Waits()) as client, raw(client) as sock:
+        sock.sendall(POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\nwhat\r\n")
+        refused(read_all(sock), 400)
+        wait_until(lambda: metric(client, 'guardserve_requests_total{model="net",status="400"}') == 1)
+        assert 'status="500"' not in client.get("/metrics").text
+
+
 @pytest.mark.parametrize(
     "body", [content(), content(77), json.dumps({**json.loads(content()), "id": "x" * 2**18}).encode()]
 )
