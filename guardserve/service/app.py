@@ -17,7 +17,7 @@ from guardserve.metrics import Metrics
 from guardserve.page.endpoints import Page
 from guardserve.runtime import Runtime
 from guardserve.service.access import CHALLENGE, Access, is_open
-from guardserve.service.answer import RETRY_AFTER, headed, named, refusal
+from guardserve.service.answer import RETRY_AFTER, Answer, headed, named, refusal
 from guardserve.service.endpoints import ProtocolEndpoints, error_response, metrics_router
 from guardserve.service.gateway import Gateway
 from guardserve.service.inference import Inference, OnNonFinite
@@ -76,10 +76,10 @@ class Service(FastAPI):
         if self.life.closing or self.life.crowded:
             send = closing(send)
         if self.life.crowded and not is_open(scope["path"]):
-            await CROWDED.send(send)
+            await self._refuse(CROWDED, scope, send)
             return
         if not self.access.allows(scope):
-            await UNAUTHORIZED.send(send)
+            await self._refuse(UNAUTHORIZED, scope, send)
             return
         if scope["path"] in self.gateway.inference.paths and scope["method"] == "POST":
             await self.gateway(scope, receive, send)
@@ -87,6 +87,12 @@ class Service(FastAPI):
         if scope["method"] == "HEAD":
             scope, send = {**scope, "method": "GET"}, headed(send)
         await super().__call__(scope, receive, send)
+
+    async def _refuse(self, answer: Answer, scope: Scope, send: Send) -> None:
+        """Refuse a request, and count it where it is for a forward."""
+        if scope["path"] in self.gateway.inference.paths and scope["method"] == "POST":
+            self.gateway.refused(answer)
+        await answer.send(send)
 
 
 def create_app(

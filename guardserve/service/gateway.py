@@ -71,6 +71,10 @@ class Gateway:
             self._ended(answer, time.perf_counter() - started, current())
         return answer
 
+    def refused(self, answer: Answer) -> None:
+        """Count an inference request that was refused before it came here."""
+        self._ended(answer, 0.0, current())
+
     def begin(self, body: bytes, headers: Mapping[bytes, bytes], send: Callable[[Answer], object]) -> Pending | None:
         """Answer a small request that is whole, past ASGI, and count it; see :meth:`Inference.begin`."""
         started = time.perf_counter()

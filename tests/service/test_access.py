@@ -50,6 +50,8 @@ def test_every_endpoint_but_health_and_metrics_needs_a_key() -> None:
             assert answer.status_code == 401
             assert "API key" in answer.json()["error"]
             assert answer.headers.get_list("www-authenticate")[0].startswith("Bearer")
+        assert metric(client, 'guardserve_requests_total{model="net",status="401"}') == 7
+        assert metric(client, 'guardserve_request_errors_total{model="net",reason="unauthorized"}') == 7
         for key in (KEY, OTHER):
             assert client.post(INFER, json=BODY, headers={"Authorization": f"Bearer {key}"}).status_code == 200
             assert client.post(INFER, json=BODY, auth=("anyone", key)).status_code == 200

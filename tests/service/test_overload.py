@@ -252,6 +252,8 @@ def test_more_connections_than_may_be_get_503_but_health_and_metrics_answer() ->
             with raw(client) as fifth:
                 fifth.sendall(b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n")
                 assert b"guardserve_model_ready" in read_all(fifth), "and the connection was closed"
+        assert metric(client, 'guardserve_requests_total{model="net",status="503"}') == 1
+        assert errors(client, "overloaded") == 1
         wait_until(lambda: client.post(INFER, json=body(3)).status_code == 200)
 
 
