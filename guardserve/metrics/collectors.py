@@ -38,6 +38,7 @@ class RequestCollector(Collector):
         yield family(
             "guardserve_request_errors_total", [((model, reason), counts.errors[reason]) for reason in REASONS]
         )
+        yield family("guardserve_unreadable_requests_total", [((model,), counts.unreadable)])
         yield family("guardserve_requests_in_flight", [((model,), counts.in_flight)])
         yield histogram("guardserve_request_duration_seconds", model, counts.duration)
         yield histogram("guardserve_forward_duration_seconds", model, counts.forward)

@@ -55,6 +55,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.in_flight = 0
+        self.unreadable = 0
         # a counter that appears with its first increment hides that increment from rate() and increase()
         self.requests: Counter[int] = Counter({200: 0})
         self.errors: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
@@ -81,6 +82,10 @@ class Counts:
         self.duration.observe(seconds, identity)
         if reason is not None:
             self.errors[reason] += 1
+
+    def request_unreadable(self) -> None:
+        """Count what came and could not be read as a request."""
+        self.unreadable += 1
 
     def forward_ended(self, rows: int, seconds: float) -> None:
         """Count a forward of ``rows`` samples, from any thread."""

@@ -55,6 +55,11 @@ METRICS: dict[str, Description] = {
     "guardserve_request_errors_total": Description(
         "counter", "Inference requests that were refused or failed, by reason.", ("model", "reason")
     ),
+    "guardserve_unreadable_requests_total": Description(
+        "counter",
+        "Requests that could not be read, on any path: no HTTP, a head that is too large or ambiguous, or cut short.",
+        ("model",),
+    ),
     "guardserve_requests_in_flight": Description("gauge", "Inference requests being worked on.", ("model",), "sum"),
     "guardserve_request_duration_seconds": Description(
         "histogram",

@@ -125,7 +125,7 @@ def create_app(
     """
     metrics = Metrics(runtime)
     limits = limits or Limits()
-    life = Life(limits.max_connections)
+    life = Life(limits.max_connections, metrics.request_unreadable)
 
     def serve(runtime: Runtime) -> Inference:
         policy = shift_policy or ShiftPolicy()

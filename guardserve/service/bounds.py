@@ -86,6 +86,7 @@ class BoundedConnection(HttpToolsProtocol):
     # these belong to the server: it makes a class of its own, see connection_class
     max_connections = 1024
     throttle: Throttle
+    unreadable: Callable[[], object]
 
     def connection_made(self, transport: Any) -> None:
         """Begin, unless there are far too many already; the one that has said nothing for longest then makes room."""
@@ -296,6 +297,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self._stage == "over":
             return
         self.logger.warning("Invalid HTTP request received.")
+        self.unreadable()
         cycle: Any = self.cycle
         if self._is_answering:
             cycle.keep_alive = False

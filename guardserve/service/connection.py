@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from guardserve.service.answer import Answer
@@ -169,7 +169,13 @@ class Connection(BoundedConnection):
         self.on_response_complete()
 
 
-def connection_class(max_connections: int) -> type[asyncio.Protocol]:
-    """Return the class of a server's connections, of which there may be so many."""
+def connection_class(max_connections: int, unreadable: Callable[[], object] = bool) -> type[asyncio.Protocol]:
+    """Return the class of a server's connections, of which there may be so many.
+
+    Args:
+        max_connections: Their number.
+        unreadable: Told of each request that cannot be read.
+    """
     throttle = Throttle(min(LINE, max_connections // 2))
-    return type("Connection", (Connection,), {"max_connections": max_connections, "throttle": throttle})
+    own = {"max_connections": max_connections, "throttle": throttle, "unreadable": staticmethod(unreadable)}
+    return type("Connection", (Connection,), own)

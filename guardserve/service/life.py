@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from starlette.types import Message, Send
 
@@ -14,6 +14,7 @@ class Life:
 
     Args:
         max_connections: How many there may be.
+        unreadable: Told of each request that cannot be read.
 
     Attributes:
         connections: Those that there are, once it listens.
@@ -21,8 +22,9 @@ class Life:
         closing: It takes no more connections, and closes each that it has after its next answer.
     """
 
-    def __init__(self, max_connections: int = 1024) -> None:
+    def __init__(self, max_connections: int = 1024, unreadable: Callable[[], object] = bool) -> None:
         self.max_connections = max_connections
+        self.unreadable = unreadable
         self.connections: Collection[object] = ()
         self.draining = False
         self.closing = False

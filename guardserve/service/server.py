@@ -47,7 +47,7 @@ class Server(uvicorn.Server):
     def __init__(
         self, config: uvicorn.Config, life: Life, drain_delay: float = 0.0, companion: Companion | None = None
     ) -> None:
-        config.http = connection_class(life.max_connections)
+        config.http = connection_class(life.max_connections, life.unreadable)
         super().__init__(config)
         life.connections = self.server_state.connections
         self._life = life

@@ -273,6 +273,8 @@ def test_what_is_no_http_is_refused_in_the_protocols_form(garbage: bytes) -> Non
         assert "not an HTTP request" in refused(read_all(first), 400)
         second.sendall(request(body=content(77)) + garbage)
         assert [line for line in read_all(second).splitlines() if line.startswith(b"HTTP")] == [b"HTTP/1.1 200 OK"]
+        assert metric(client, 'guardserve_unreadable_requests_total{model="net"}') == 2
+        assert metric(client, 'guardserve_requests_total{model="net",status="200"}') == 1
 
 
 @pytest.mark.parametrize(
