@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,19 +25,18 @@ from guardserve.graphs import SCRIPT_OPERATORS, GraphMarks, graph_norms
 from guardserve.inlets import NOTHING, Glance, Look, looks_still, on_input, ranks
 from guardserve.nonfinite import named_tensors
 from guardserve.observation.compiled import (
-    InGraph,
-    LayerSums,
-    Traced,
+    enter_in_graph,
     exporting,
     fake_mode,
-    hand_over,
-    per_sample,
-    read_layer,
+    leave_in_graph,
+    look_in_graph,
+    place_of_forwards,
+    place_of_look,
     skip,
     uncompiled,
 )
 from guardserve.observation.keys import sample_keys
-from guardserve.observation.reading import VALUES, Plan, Reading, Scratch, plan_for, read
+from guardserve.observation.reading import VALUES, Plan, Scratch, plan_for, read
 from guardserve.observation.record import Record
 from guardserve.observation.sheets import Sheets
 from guardserve.observation.workspace import NATIVE, Place, Workspace, fits
@@ -61,8 +60,6 @@ _Faults = dict[int, tuple[int, str]]
 """Why layers cannot be read, by their index, and in which turn that was found."""
 
 _LOST = "its forward, its check of the input or its hooks were replaced since: attach the monitor again"
-
-_ELSEWHERE = "its compiled code runs on another device than the first layer's was on: attach the monitor again"
 
 _compiling = torch.compiler.is_dynamo_compiling
 _tracing_state = torch._C._get_tracing_state  # noqa: SLF001 - torch.jit.is_tracing asks it
@@ -90,7 +87,13 @@ class RootHook(functools.partial[None]):
 
 
 class _Tap:
-    """Reads one layer."""
+    """Reads one layer.
+
+    Attributes:
+        look: What is called with its input.
+    """
+
+    look: Look
 
     def __init__(self, index: int, point: ObservationPoint, faults: _Faults) -> None:
         self.index = index
@@ -153,6 +156,8 @@ class Taps:
         self._unobserved: dict[str, str] = {}
         self._faults: _Faults = {}
         self._owner = object()
+        self._place = place_of_forwards(self)
+        self._open = _Open()
         self._emit = emit
         self._turns = itertools.count()
         self._no_slots: list[Slot | None] = []
@@ -184,7 +189,6 @@ class Taps:
             self._unobserved
             | {tap.point.name: _LOST for tap in lost}
             | {self.points[index].name: fault for index, (_, fault) in sorted(self._faults.copy().items())}
-            | {self.points[index].name: _ELSEWHERE for index in self._graph.elsewhere}
         )
 
     def close(self) -> None:
@@ -201,16 +205,12 @@ class Taps:
         self._marks = GraphMarks(model)
         self.points.extend(ObservationPoint(name, layer) for name, layer in self._marks.layers.items())
         self._no_slots += [None] * len(self.points)
-        deliver = weakref.WeakMethod(self._deliver)
-        with torch.inference_mode(mode=False):
-            anchors = {index: point.anchor for index, point in enumerate(self.points) if point.readable}
-            self._graph = InGraph(lambda *seen: None if (method := deliver()) is None else method(*seen), anchors)
-        weakref.finalize(self, self._graph.close)
-        self._open = _Open(self._graph)
         for index, point in enumerate(self.points):
             tap = _Tap(index, point, self._faults)
             self._taps.append(tap)
-            self._handles.append(on_input(point.layer, self._reader(tap), glance=self._glance(tap)))
+            glance = self._glance(tap)
+            tap.look = self._reader(tap, glance)
+            self._handles.append(on_input(point.layer, tap.look, glance=glance))
         observed = {point.name for point in self.points}
         for name, _ in batchnorm_layers(model):
             if name not in observed:
@@ -223,16 +223,17 @@ class Taps:
                     else "its constants are no attributes of the graph's module"
                 )
         if self.points:
+            self._model = weakref.ref(model)
             self._handles.append(model.register_forward_pre_hook(RootHook(self._begin), with_kwargs=True))
             self._handles.append(model.register_forward_hook(RootHook(self._end), always_call=True))
 
-    def _reader(self, tap: _Tap) -> Look:
+    def _reader(self, tap: _Tap, glance: Glance | None) -> Look:
         opened, clock = self._open, time.perf_counter
-        index, place = tap.index, self._graph.place(tap.index)
+        index, place = tap.index, place_of_look(tap, glance)
 
         def look(x: torch.Tensor) -> None:
             if _compiling():
-                read_layer(place, x)
+                look_in_graph(place, x)
                 return
             record = opened.record
             if record is None:
@@ -286,9 +287,22 @@ class Taps:
             self._begin_in_graph(args, kwargs)
             return
         opened = self._open
-        if opened.record is not None and _calls_itself(model):  # else it is one that was given up
+        if opened.record is not None and _calls(model) > 1:  # else it is one that was given up
             opened.depth += 1
             return
+        opened.in_graph = 0  # a graph that began a forward need not be the one that ended it
+        self._begin_anew(args, kwargs, keyed=True)
+
+    def enter(self, inputs: Sequence[torch.Tensor], *, whole: bool) -> None:
+        """Open a record where a graph that the forward is part of says so."""
+        opened, model = self._open, self._model()
+        if opened.record is not None and model is not None and _calls(model):
+            opened.depth += 1
+        else:
+            self._begin_anew(tuple(inputs), {}, keyed=whole)
+
+    def _begin_anew(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, keyed: bool) -> None:
+        opened = self._open
         if opened.record is not None and opened.record.sheet is not None:
             end(self._owner)
         opened.depth = 0
@@ -296,16 +310,12 @@ class Taps:
             opened.record = _IGNORED
             return
         try:
-            opened.record = self._opened(args, kwargs)
+            opened.record = self._opened(args, kwargs, keyed=keyed and self.keyed)
         except Exception as error:  # noqa: BLE001 - whatever it is, the answer is not to be lost with it
             opened.record = _IGNORED
             self._give_up(error)
-        traced = opened.traced
-        if traced.readings or traced.sums is not None:
-            traced.clear()
-        traced.open, traced.values = True, self.values
 
-    def _opened(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
+    def _opened(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, keyed: bool) -> Record:
         """Make the record of a forward."""
         began, turn = time.perf_counter(), next(self._turns)
         first = args[0] if args and type(args[0]) is torch.Tensor else None
@@ -316,7 +326,7 @@ class Taps:
         else:
             shape, values = first.shape, self.values
             record = Record(shape[0], turn, values, self._no_slots)
-            if self.keyed:
+            if keyed:
                 record.keys = sample_keys((tensor for _, tensor in named_tensors((args, kwargs))), shape[0])
             key = shape, values, first.is_cpu
             workspace = self._workspaces.get(key)
@@ -338,18 +348,25 @@ class Taps:
         if _compiling():
             self._end_in_graph()
             return
+        self._open.in_graph = 0
+        self._end_now(given_up=output is None and sys.exc_info()[0] is not None)
+
+    def leave(self) -> None:
+        """End one that was entered."""
+        self._end_now(given_up=False)
+
+    def _end_now(self, *, given_up: bool) -> None:
         opened = self._open
         if opened.depth:
             opened.depth -= 1
             return
         record = opened.record
         opened.record = None
-        opened.traced.open = False
         if record is not None and record.sheet is not None:
             taken, spent = end(self._owner)
             record.taken += taken
             record.spent += spent
-        if record is None or record is _IGNORED or (output is None and sys.exc_info()[0] is not None):
+        if record is None or record is _IGNORED or given_up:
             return
         try:
             self._close(record)
@@ -359,16 +376,11 @@ class Taps:
     def _close(self, record: Record) -> None:
         """End a record, and hand it over if it shows anything."""
         began = time.perf_counter() if record.seconds else 0.0
-        traced = self._open.traced
-        if traced.readings or traced.sums is not None:
-            self._take(record, traced)
         if record.key is not None:
             self._lay_out(record, record.key)
         record.close()
         bundle = record.bundle
         self._order = record.order if bundle is None else bundle.order
-        if record.key is not None and self._order:
-            self._graph.last = self._order[-1]
         for index in set(self._faults).intersection(self._order) if self._faults else ():
             if self._faults[index][0] != record.turn:
                 self._faults.pop(index, None)
@@ -401,72 +413,29 @@ class Taps:
         self._emit(record)
 
     def _begin_in_graph(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Begin a forward that is part of a larger graph."""
-        traced = self._open.traced
-        if traced.open:  # the model calls itself
-            traced.depth += 1
-            return
-        traced.clear()
-        traced.values = self.values
-        for value in () if exporting() else (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and value.ndim and not traced.open:
-                traced.samples.append(value.shape[0])
-                traced.open = True
+        """Begin a forward that is part of a larger graph; the model may call itself in it."""
+        opened = self._open
+        opened.in_graph += 1
+        if opened.in_graph == 1 and not exporting():
+            enter_in_graph(self._place, (*args, *kwargs.values()))
 
     def _end_in_graph(self) -> None:
-        """Hand over what such a forward read."""
-        traced = self._open.traced
-        if traced.depth:
-            traced.depth -= 1
-            return
-        if traced.readings:
-            route, counts = [reading[0] for reading in traced.readings], [reading[1] for reading in traced.readings]
-            readings = [reading[2] for reading in traced.readings] + [reading[3] for reading in traced.readings]
-            hand_over(readings, traced.turn, self._graph.token, traced.samples[0], route, counts)
-        traced.clear()
-
-    def _deliver(self, samples: int, route: list[int], counts: list[int], readings: list[torch.Tensor]) -> None:
-        """Receive what a graph read that the whole forward is part of."""
-        if _looks_only():
-            return
-        try:
-            record = Record(samples, next(self._turns), self.values, self._no_slots)
-            self._unpack(record, zip(route, counts, readings, readings[len(route) :], strict=False))
-            self._finish(record)
-        except Exception as error:  # noqa: BLE001 - see above
-            self._give_up(error)
-
-    def _take(self, record: Record, traced: Traced) -> None:
-        """Take what compiled code read, and have it read elsewhere the next time."""
-        if traced.sums is not None:
-            bundle, sums = self._graph.bundles[traced.bundle], traced.sums
-            alone = not (traced.readings or record.readings or record.taken)
-            if alone and bundle.whole and len(sums) == record.samples:
-                record.bundle = bundle
-                record.take(bundle.rows(sums))
-            else:
-                self._unpack(record, bundle.divide(sums))
-        self._unpack(record, traced.readings)
-        traced.turn.add_(1)
-
-    def _unpack(self, record: Record, readings: Iterable[LayerSums]) -> None:
-        """Take what compiled code read into a record."""
-        for index, count, total, squares in readings:
-            if len(total):
-                merged = per_sample(total, squares, count, record.samples or len(total))
-                record.readings.append(Reading(index, *merged))
+        """End such a forward."""
+        opened = self._open
+        opened.in_graph -= 1
+        if opened.in_graph == 0 and not exporting():
+            leave_in_graph(self._place)
 
 
 class _Open(threading.local):
-    """What a thread has of its own: the record of the forward that it is in, what compiled code read of it, memory.
+    """What a thread has of its own: the record of the forward that it is in, and memory.
 
-    The model may call itself: ``depth`` times within that forward.
+    The model may call itself: ``depth`` times within that forward, ``in_graph`` times in what is being compiled.
     """
 
-    def __init__(self, graph: InGraph) -> None:
-        self.traced = graph.threads.traced
+    def __init__(self) -> None:
         self.record: Record | None = None
-        self.depth = 0
+        self.depth = self.in_graph = 0
         self.scratch = Scratch()
 
 
@@ -478,10 +447,10 @@ def _looks_only() -> bool:
     return this_thread.tracing or _tracing_state() is not None or fake_mode() is not None
 
 
-def _calls_itself(model: nn.Module) -> bool:
-    """Tell whether the call of a model that a hook is about is one within another of the same model."""
+def _calls(model: nn.Module) -> int:
+    """Return how many calls of a model this thread is in."""
     frame, calls = inspect.currentframe(), 0
     while frame is not None:
         calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model  # noqa: SLF001
         frame = frame.f_back
-    return calls > 1
+    return calls
