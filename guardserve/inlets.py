@@ -137,7 +137,7 @@ class Inlet:
             for look in self.training_looks:
                 look(x)
         # what is compiled must not come upon a glance
-        if not _compiling() and self._glance is not None and self._glance(x):
+        if not _compiling() and (glance := self._glance) is not None and glance(x):
             return
         for look in self.looks:
             look(x)

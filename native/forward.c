@@ -5,7 +5,7 @@
 /* One that is not over yet; another model's may be called in the midst of it. */
 typedef struct Forward {
     struct Forward *outer;
-    PyObject *owner, *slots;
+    PyObject *owner, *record, *slots; /* the record weakly: it is over, or was given up, when nobody has that any more */
     long long turn, taken;
     int timed;
     double spent;
@@ -27,26 +27,46 @@ static double seconds(void)
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+static void leave(Forward **place)
+{
+    Forward *forward = *place;
+    *place = forward->outer;
+    Py_DECREF(forward->owner);
+    Py_DECREF(forward->record);
+    Py_DECREF(forward->slots);
+    PyMem_Free(forward);
+}
+
+static int is_given_up(const Forward *forward) { return PyWeakref_GetObject(forward->record) == Py_None; }
+
 static PyObject *begin(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)module;
-    if (count != 4 || !PyList_Check(arguments[1])) {
-        PyErr_SetString(PyExc_TypeError, "begin() takes an owner, a list of slots, a turn, and whether to take the time");
+    if (count != 5 || !PyList_Check(arguments[2])) {
+        PyErr_SetString(PyExc_TypeError, "begin() takes an owner, a record, a list of slots, a turn, and whether to time it");
         return NULL;
     }
-    long long turn = PyLong_AsLongLong(arguments[2]);
-    int timed = PyObject_IsTrue(arguments[3]);
+    long long turn = PyLong_AsLongLong(arguments[3]);
+    int timed = PyObject_IsTrue(arguments[4]);
     if (timed < 0 || turn < 0) {
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_ValueError, "turns are counted from 0");
         return NULL;
     }
-    Forward *forward = PyMem_Malloc(sizeof(Forward));
-    if (!forward)
-        return PyErr_NoMemory();
+    for (Forward **place = &current; *place;)
+        if (is_given_up(*place) || (*place)->owner == arguments[0])
+            leave(place);
+        else
+            place = &(*place)->outer;
+    PyObject *record = PyWeakref_NewRef(arguments[1], NULL);
+    Forward *forward = record ? PyMem_Malloc(sizeof(Forward)) : NULL;
+    if (!forward) {
+        Py_XDECREF(record);
+        return record ? PyErr_NoMemory() : NULL;
+    }
     Py_INCREF(arguments[0]);
-    Py_INCREF(arguments[1]);
-    *forward = (Forward){current, arguments[0], arguments[1], turn, 0, timed, 0};
+    Py_INCREF(arguments[2]);
+    *forward = (Forward){current, arguments[0], record, arguments[2], turn, 0, timed, 0};
     current = forward;
     Py_RETURN_NONE;
 }
@@ -54,24 +74,21 @@ static PyObject *begin(PyObject *module, PyObject *const *arguments, Py_ssize_t 
 static PyObject *end(PyObject *module, PyObject *owner)
 {
     (void)module;
-    Forward **place = &current; /* those before it may have been given up, and end when their owners begin anew */
+    Forward **place = &current; /* those before it may have been given up */
     while (*place && (*place)->owner != owner)
         place = &(*place)->outer;
-    Forward *forward = *place;
-    if (!forward)
+    if (!*place)
         return Py_BuildValue("id", 0, 0.0);
-    *place = forward->outer;
-    PyObject *seen = Py_BuildValue("Ld", forward->taken, forward->spent);
-    Py_DECREF(forward->owner);
-    Py_DECREF(forward->slots);
-    PyMem_Free(forward);
+    PyObject *seen = Py_BuildValue("Ld", (*place)->taken, (*place)->spent);
+    leave(place);
     return seen;
 }
 
 static PyObject *Glance_at(Glance *glance, PyObject *x)
 {
     Forward *forward = current;
-    if (!forward || forward->owner != glance->owner || glance->index >= PyList_Size(forward->slots))
+    if (!forward || forward->owner != glance->owner || is_given_up(forward) ||
+        glance->index >= PyList_Size(forward->slots))
         return PyBool_FromLong(0);
     PyObject *slot = PyList_GetItem(forward->slots, glance->index);
     if (!slot || !is_slot(slot))
@@ -135,7 +152,7 @@ static PyType_Spec Glance_spec = {"guardserve.native.Glance", sizeof(Glance), 0,
 
 PyMethodDef forward_methods[] = {
     {"begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL,
-     "Begin a forward in this thread: its owner, the slots of its layers, its turn, and whether to take the time."},
+     "Begin a forward in this thread: its owner, its record, the slots of its layers, its turn, and whether to time it."},
     {"end", end, METH_O, "End one of an owner's; return how many of its layers were looked at, and the seconds it took."},
     {NULL, NULL, 0, NULL},
 };

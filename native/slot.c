@@ -127,9 +127,11 @@ int is_slot(PyObject *object) { return Py_TYPE(object) == slot_type; }
 int slot_take(Slot *slot, PyObject *x, long long turn, uint32_t ranks)
 {
     const Cells *cells = slot->cells;
-    const size_t size = cells->rank * sizeof(int64_t);
+    if (!cells || turn == slot->turn) /* it was never made, or has taken one */
+        return 0;
+    const size_t size = (size_t)cells->rank * sizeof(int64_t);
     View view;
-    if (turn == slot->turn || !(ranks >> cells->rank & 1) || !view_of(x, &view) || view.kind == FLOAT64 ||
+    if (!(ranks >> cells->rank & 1) || !view_of(x, &view) || view.kind == FLOAT64 ||
         view.axes != cells->rank || memcmp(view.shape, cells->shape, size) || memcmp(view.stride, cells->stride, size))
         return 0;
     const int64_t values = cells->samples * cells->channels * cells->strips * cells->length;

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +63,8 @@ _LOST = "its forward, its check of the input or its hooks were replaced since: a
 
 _compiling = torch.compiler.is_dynamo_compiling
 _tracing_state = torch._C._get_tracing_state  # noqa: SLF001 - torch.jit.is_tracing asks it
+
+_transform = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001 - of torch.func: its tensors have no memory
 
 _log = logging.getLogger(__name__)
 
@@ -159,7 +161,8 @@ class Taps:
         self._place = place_of_forwards(self)
         self._open = _Open()
         self._emit = emit
-        self._turns = itertools.count()
+        self._forwards = itertools.count()
+        self._turns: dict[_Key | None, Iterator[int]] = {}
         self._no_slots: list[Slot | None] = []
         self._gave_up = False
         self._order: tuple[int, ...] = ()  # the layers of the last forward
@@ -271,7 +274,7 @@ class Taps:
         """Read where a part of the model was called by itself."""
         if _looks_only():
             return
-        record = Record(None, next(self._turns), self.values, self._no_slots)
+        record = Record(None, self._turn(None), self.values, self._no_slots)
         try:
             tap.read(x, record)
             if record.readings:
@@ -317,29 +320,40 @@ class Taps:
 
     def _opened(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, keyed: bool) -> Record:
         """Make the record of a forward."""
-        began, turn = time.perf_counter(), next(self._turns)
+        began, timed = time.perf_counter(), next(self._forwards) % TIMED == 0
         first = args[0] if args and type(args[0]) is torch.Tensor else None
         if first is None or not first.ndim:
             first = next((tensor for _, tensor in named_tensors((args, kwargs)) if tensor.ndim), None)
         if first is None:
-            record = Record(None, turn, self.values, self._no_slots)
+            record = Record(None, self._turn(None), self.values, self._no_slots)
         else:
             shape, values = first.shape, self.values
+            key = shape, values, first.is_cpu
+            turn = self._turn(key)
             record = Record(shape[0], turn, values, self._no_slots)
             if keyed:
                 record.keys = sample_keys((tensor for _, tensor in named_tensors((args, kwargs))), shape[0])
-            key = shape, values, first.is_cpu
             workspace = self._workspaces.get(key)
             if workspace is not None:
                 record.sheet = sheet = self._sheets.take(workspace)
                 record.slots = sheet.slots
-                begin(self._owner, sheet.slots, turn, turn % TIMED == 0)
+                begin(self._owner, record, sheet.slots, turn, timed)
             elif key not in self._workspaces:
                 record.key = key
-        if turn % TIMED == 0:
+        if timed:
             record.seconds = began
             record.spent = time.perf_counter() - began
         return record
+
+    def _turn(self, key: _Key | None) -> int:
+        """Count forwards of one shape: what they read turns by that, also where those of several come in turns."""
+        turns = self._turns.get(key)
+        if turns is None:
+            if len(self._turns) >= _KEPT_PLANS:
+                self._turns.clear()
+                self._workspaces.clear()  # their slots know the turns that they had
+            turns = self._turns.setdefault(key, itertools.count())
+        return next(turns)
 
     @uncompiled
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -382,7 +396,7 @@ class Taps:
         bundle = record.bundle
         self._order = record.order if bundle is None else bundle.order
         for index in set(self._faults).intersection(self._order) if self._faults else ():
-            if self._faults[index][0] != record.turn:
+            if self._faults.get(index, (record.turn,))[0] != record.turn:  # others may clear it too
                 self._faults.pop(index, None)
         if bundle is not None or record.readings:
             if record.seconds:
@@ -397,11 +411,11 @@ class Taps:
 
     def _lay_out(self, record: Record, key: _Key) -> None:
         """Make a workspace for forwards like this one, if they can have one."""
-        workspace = None
+        if not record.places:
+            return
+        self._workspaces[key] = workspace = None
         if len(record.places) > 1 and record.whole and fits(record.places):
             workspace = Workspace(record.places, len(self.points))
-        if len(self._workspaces) >= _KEPT_PLANS:
-            self._workspaces.clear()
         self._workspaces[key] = workspace
 
     def _finish(self, record: Record) -> None:
@@ -443,8 +457,8 @@ _IGNORED = Record(0, 0, None, [])
 
 
 def _looks_only() -> bool:
-    """Tell whether a forward of this thread serves nobody: it is traced or exported, or re-run to look into it."""
-    return this_thread.tracing or _tracing_state() is not None or fake_mode() is not None
+    """Tell whether a forward of this thread serves nobody: traced, exported, transformed, or re-run to look into it."""
+    return this_thread.tracing or _tracing_state() is not None or fake_mode() is not None or _transform() is not None
 
 
 def _calls(model: nn.Module) -> int:

@@ -28,6 +28,9 @@ else:
 MOST_VALUES = 2**22
 """Values that a forward may show at most to be laid out so, 16 MB; an operation more or less is then no matter."""
 
+MOST_AXES = 8
+"""Axes of an activation that compiled code reads, at most."""
+
 _LEAST_SIZE = 2**12
 
 _Array = npt.NDArray[np.float32]
@@ -148,7 +151,10 @@ def fits(places: Sequence[Place]) -> bool:
         NATIVE
         and 2 * sum(math.prod(place.plan.size[:2]) for place in places) <= MOST_VALUES
         and all(
-            place.plan.uniform and place.anchor.device.type == "cpu" and place.anchor.dtype is torch.float32
+            place.plan.uniform
+            and len(place.shape) <= MOST_AXES
+            and place.anchor.device.type == "cpu"
+            and place.anchor.dtype is torch.float32
             for place in places
         )
     )

@@ -30,7 +30,7 @@ def observed(network: nn.Module, values: int | None, first_turn: int = 0) -> Fea
     taps = Taps(network, records.append, values)
     try:
         for _ in range(first_turn):
-            next(taps._turns)
+            taps._turn((photos()[0][:1].shape, values, True))
         with torch.inference_mode():
             for photo in photos()[0]:
                 network(photo[None].contiguous(memory_format=torch.channels_last))

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -411,6 +412,72 @@ def test_monitors_of_a_model_and_of_its_parts_see_all_of_it() -> None:
             model(x)
     assert [seen(monitor) for monitor in (whole, part, twin)] == [[40] * 4, [20] * 2, [20] * 4]
     whole.close()
+
+
+def test_what_is_read_turns_by_the_forwards_of_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where seven shapes come in turns, each layer's seven cells are read all the same."""
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2)).eval()
+    inputs = [torch.zeros(samples, 2, 14, 14) for samples in range(1, 8)]
+    for x in inputs:
+        x.view(-1, 196)[:, :] = torch.arange(196.0)
+    records: list[Record] = []
+    monkeypatch.setattr(reading, "MIN_POSITIONS", 1)
+    taps = Taps(model, records.append, values=56)
+    with torch.inference_mode():
+        for x in inputs * 196:
+            model(x)
+    taps.close()
+    for samples in range(1, 8):
+        rows = [dict(record.parts())[0] for record in records if record.samples == samples]
+        assert len(rows) == 196
+        assert np.mean([row.mean for row in rows]) == pytest.approx(97.5, rel=1e-6)
+
+
+def test_inputs_of_many_axes_are_read_without_slots() -> None:
+    """As those of layers that take any number."""
+    model = nn.Sequential(nn.SyncBatchNorm(2), nn.SyncBatchNorm(2)).eval()
+    with Monitor(model) as monitor, torch.inference_mode():
+        for _ in range(5):
+            model(torch.randn(2, 2, *[1] * 8))
+        assert seen(monitor) == [10, 10]
+
+
+def test_monitors_that_close_in_the_midst_of_forwards_leave_nothing() -> None:
+    """Their slots go with them, and the forward's other monitor sees it whole."""
+    model, x = mlp(), torch.randn(2, 8)
+    monitors = [Monitor(model) for _ in range(2)]
+    owners = [weakref.ref(monitor._taps) for monitor in monitors]
+
+    def close(_: nn.Module, args: tuple[torch.Tensor]) -> None:
+        del args
+        if len(monitors) == 2 and seen(monitors[0]):
+            monitors.pop().close()
+
+    with torch.inference_mode():
+        model[2].register_forward_pre_hook(close)
+        for _ in range(5):
+            model(x)
+        assert seen(monitors[0]) == [10, 10]
+        gc.collect()
+        assert [owner() is None for owner in owners] == [False, True]
+    monitors.pop().close()
+
+
+def test_transformed_forwards_show_nothing_and_spoil_nothing() -> None:
+    """Not in memory that the thread keeps either."""
+    model, x = mlp(), torch.randn(2, 8)
+    with Monitor(model) as monitor, torch.inference_mode():
+        for _ in range(2):
+            torch.func.functionalize(model)(x)
+            torch.vmap(model)(x[None])
+        for _ in range(3):
+            model(x)
+        layers = monitor.snapshot().layers
+    with Monitor(model) as other, torch.inference_mode():
+        for _ in range(3):
+            model(x)
+        assert [layer.mean_shift for layer in layers] == [layer.mean_shift for layer in other.snapshot().layers]
+        assert seen(other) == [layer.samples for layer in layers] == [6, 6]
 
 
 class Calling(nn.Module):
