@@ -1,22 +1,20 @@
-"""What bounds a connection: how many there may be, how long each may take, and how each of them ends."""
+"""What bounds a connection: how many there may be, how long each may take, and what is refused before it is read."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import socket
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from guardserve.identity import Identity
-from guardserve.service.answer import REFUSAL, Answer
-from guardserve.service.delivery import Delivery
+from guardserve.service.answer import Answer
 from guardserve.service.heads import CUT_SHORT, RefusedHeadError, answer_to, check_head, check_size, spoken
+from guardserve.service.leaving import LINGER, LOOK_INTERVAL, LeavingConnection
 from guardserve.service.throttle import Throttle
 
 HEADER_TIMEOUT = 10.0
@@ -25,20 +23,8 @@ HEADER_TIMEOUT = 10.0
 As many are left for a body that comes after its request was answered, and for the request behind it.
 """
 
-LINGER = 0.5
-"""Seconds that what comes behind the last answer is read once that is taken.
-
-As many are left, when the server stops, for a body of which nothing has come.
-"""
-
 SLACK = 64
 """Connections beyond the limit that are still taken, for health and metrics; each is closed after one answer."""
-
-LOOK_INTERVAL = 0.05
-"""Seconds between two looks whether a client that sends no more is still there to take its answer.
-
-Over TLS, as many until the first look whether it has taken its last one.
-"""
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 """What tells: a client that waits passes it over, one that has gone has nobody who would take it."""
@@ -48,45 +34,15 @@ class _OverError(Exception):
     """Something behind the last answer."""
 
 
-class _Flow(FlowControl):
-    """uvicorn's, which also reads on while pipelined requests wait: a client could send more of them without end."""
-
-    def __init__(self, transport: asyncio.Transport, pipeline: deque[Any]) -> None:
-        super().__init__(transport)
-        self._pipeline = pipeline
-
-    def resume_reading(self) -> None:
-        """Read on, if all that came before is being answered."""
-        if not self._pipeline:
-            super().resume_reading()
-
-
-class _Outlet:
-    """Where uvicorn writes an answer: the transport, but closed as its connection wishes.
-
-    When a client goes, uvicorn tells that to the last of its pipelined requests alone.
-    """
-
-    __slots__ = ("_write", "close", "is_closing")
-
-    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self._write = transport.write
-        self.is_closing = transport.is_closing
-        self.close = close
-
-    def write(self, data: bytes) -> None:
-        """Write, unless nobody is there any more."""
-        if not self.is_closing():
-            self._write(data)
-
-
-class BoundedConnection(HttpToolsProtocol):
+class BoundedConnection(LeavingConnection):
     """uvicorn's connection, with an end to one that never sends a request or all its headers, or takes no answer."""
 
     # these belong to the server: it makes a class of its own, see connection_class
     max_connections = 1024
     throttle: Throttle
     unreadable: Callable[[], object]
+
+    _looking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin, unless there are far too many already; the one that has said nothing for longest then makes room."""
@@ -99,18 +55,11 @@ class BoundedConnection(HttpToolsProtocol):
             min(silent, key=_since).transport.abort()
         super().connection_made(transport)
         self.parser.set_dangerous_leniencies(lenient_version=True)  # it would refuse 1.2; see spoken
-        self.flow = _Flow(transport, self.pipeline)
-        self._outlet = _Outlet(transport, self._leave)
-        self._waiting: asyncio.TimerHandle | None = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
-        self._delivery = Delivery(transport, self.loop)
-        self._looking: asyncio.TimerHandle | None = None
+        self._waiting = self.loop.call_later(HEADER_TIMEOUT, self._give_up)
         self._refusal: Callable[[], object] = bool
-        # what has come of the request that is being read, and how many bytes since there was last a body or its headers
-        self._stage: Literal["nothing", "head", "headers", "body", "refused", "over"] = "nothing"
-        self._unread = 0
+        self._unread = 0  # bytes since there was last a body or its headers
         self._patience = HEADER_TIMEOUT
         self._idle_since: float | None = None
-        self._heard_all = False
 
     @property
     def is_idle(self) -> bool:
@@ -127,12 +76,9 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
-        if self.transport is not None:
-            self._stop_waiting()
-            self._delivery.stop()
-            if self._looking is not None:
-                self._looking.cancel()
-            super().connection_lost(exc)
+        super().connection_lost(exc)
+        if self._looking is not None:
+            self._looking.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; where nothing is being answered, wait only so long for the rest."""
@@ -180,11 +126,6 @@ class BoundedConnection(HttpToolsProtocol):
             return False
         self._refuse(RefusedHeadError(CUT_SHORT))
         return self._can_answer_later()
-
-    def pause_writing(self) -> None:
-        """Write no more: the client does not take what there is."""
-        super().pause_writing()
-        self._see_answer_off()
 
     def on_message_begin(self) -> None:
         """Begin a request, unless it came behind the last one that is answered."""
@@ -329,45 +270,6 @@ class BoundedConnection(HttpToolsProtocol):
         self._leave()
         return True
 
-    def _drop_request(self, answer: Answer | None = None) -> None:
-        """Tell the application that nobody waits for its answer any more, and what was answered in its place."""
-        cycle: Any = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            if answer is not None:
-                cycle.scope["state"][REFUSAL] = answer
-            cycle.disconnected = True
-            cycle.waiting_for_100_continue = False  # uvicorn would still tell it to go on
-            cycle.message_event.set()
-
-    def _leave(self) -> None:
-        """Close behind the last answer, in stages: with input that nobody has read, the kernel would take it back.
-
-        What else the client sends is dropped for a while (RFC 9112, 9.6), a body as long as that of any early answer.
-        """
-        self._stop_waiting()
-        self._drop_request()
-        if self.transport.is_closing():
-            return
-        if self._heard_all or not self.transport.can_write_eof():  # all is read, or TLS sees to it
-            self._close()
-            self._see_answer_off()
-            return
-        try:
-            self.transport.write_eof()
-        except OSError:  # the client has gone
-            self.transport.abort()
-            return
-        limit = self._patience if self._stage in ("headers", "body") else LINGER
-        self._waiting = self.loop.call_later(limit, self._let_go)
-        self._pass_over()
-
-    def _pass_over(self) -> None:
-        """See the last answer off, and take nothing else."""
-        self._stage = "over"
-        self._delivery.begin()
-        self.pipeline.clear()
-        self.flow.resume_reading()
-
     def _write(
         self, answer: Answer, default_headers: Sequence[tuple[bytes, bytes]], end: bytes, *, bare: bool = False
     ) -> None:
@@ -393,45 +295,6 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _wait_for_request(self, seconds: float) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
-
-    def _see_answer_off(self) -> None:
-        """Have the connection end if what is left of an answer is not taken."""
-        if self.transport.get_write_buffer_size():
-            self._delivery.begin()
-
-    def _close(self) -> None:
-        """Close behind what there is to send.
-
-        TLS would cut what is not taken within half a minute, and wait as long for the client to agree.
-        """
-        self._stop_waiting()
-        if self.scheme != "https":
-            self.transport.close()
-            return
-        wait = LINGER
-        if not self.transport.is_closing():  # asyncio forgets what there is to send when it is told twice
-            if self._delivery.left:
-                self._drop_request()
-                self._pass_over()
-                wait = LOOK_INTERVAL
-            else:
-                self.transport.close()
-        self._waiting = self.loop.call_later(wait, self._let_go)
-
-    def _let_go(self) -> None:
-        """End, once the last answer has been taken."""
-        self._waiting = None
-        if self._delivery.left:
-            self._waiting = self.loop.call_later(LINGER, self._let_go)
-        elif self.transport.is_closing():
-            self.transport.abort()
-        else:
-            self._close()
-
-    def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
 
     def _give_up(self) -> None:
         self._waiting = None

@@ -21,7 +21,7 @@ from serving import loaded, metric, serving, wait_until
 from torch import nn
 
 from guardserve.runtime import Runtime
-from guardserve.service import bounds, delivery, inference, reading
+from guardserve.service import delivery, inference, leaving, reading
 from guardserve.service.app import create_app
 from guardserve.service.background import serve_in_background
 from guardserve.service.connection import PATIENCE, Connection
@@ -286,7 +286,7 @@ def test_a_connection_ends_with_an_answer_where_the_client_says_so(version: str,
 def test_the_last_answer_is_whole_whatever_is_sent_behind_it(pause: float) -> None:
     """Input that nobody reads would have the kernel take back what the client has not yet received."""
     with (
-        mock.patch.object(bounds, "LINGER", 20.0),  # however busy the client is
+        mock.patch.object(leaving, "LINGER", 20.0),  # however busy the client is
         serving(Echo(copies=200_000)) as client,  # 2.4 MB
         socket.socket() as sock,
     ):
@@ -308,7 +308,7 @@ def test_the_last_answer_is_whole_whatever_is_sent_behind_it(pause: float) -> No
 def test_an_answer_that_is_taken_late_is_whole_whatever_was_sent_behind_it() -> None:
     """Later than what is sent behind it is read for, once it is taken."""
     with (
-        mock.patch.object(bounds, "LINGER", 0.1),
+        mock.patch.object(leaving, "LINGER", 0.1),
         serving(Echo(copies=200_000)) as client,  # 2.4 MB
         socket.socket() as sock,
     ):
@@ -347,7 +347,7 @@ def test_a_client_that_sends_on_behind_its_last_answer_is_let_go() -> None:
 def test_the_body_of_a_request_that_was_answered_early_is_read_on_before_the_connection_ends() -> None:
     """As long as where the connection goes on, however short the time that others have."""
     with (
-        mock.patch.object(bounds, "LINGER", 0.0),
+        mock.patch.object(leaving, "LINGER", 0.0),
         serving(Echo(), max_body_size=1000) as client,
         connected(client) as connection,
     ):
@@ -477,7 +477,7 @@ def test_pipelined_requests_are_read_as_they_are_answered() -> None:
 def test_an_answer_for_a_client_that_has_gone_is_nobodys() -> None:
     """When a client goes, uvicorn tells that to the last of its pipelined requests alone; the others answer still."""
     transport = mock.Mock()
-    outlet = bounds._Outlet(transport, transport.close)
+    outlet = leaving.Outlet(transport, transport.close)
     for gone in (False, True):
         transport.is_closing.return_value = gone
         outlet.write(b"an answer")

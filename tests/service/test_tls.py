@@ -25,7 +25,7 @@ from serving import loaded, wait_until
 from torch import nn
 
 from guardserve.runtime import Runtime
-from guardserve.service import bounds, throttle
+from guardserve.service import leaving, throttle
 from guardserve.service.app import Service, create_app
 from guardserve.service.background import serve_in_background
 
@@ -143,7 +143,7 @@ def test_a_large_answer_that_is_taken_late_is_whole(
     loop: str, stops: bool, files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Later than a client has to agree to the end, also of a server that stops."""
-    monkeypatch.setattr(bounds, "LINGER", 0.1)
+    monkeypatch.setattr(leaving, "LINGER", 0.1)
     monkeypatch.setattr(constants, "SSL_SHUTDOWN_TIMEOUT", 0.5, raising=False)  # asyncio's own half minute
     tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}
     body = json.dumps({"inputs": [tensor]}).encode()
