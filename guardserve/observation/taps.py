@@ -49,6 +49,9 @@ if NATIVE:
 if TYPE_CHECKING:
     from guardserve.native import Slot
 
+MOST_MISSES = 8
+"""Forwards in a row that do not fit their workspace before another is made."""
+
 TIMED = 16
 """One forward in so many is timed."""
 
@@ -392,6 +395,8 @@ class Taps:
         began = time.perf_counter() if record.seconds else 0.0
         if record.key is not None:
             self._lay_out(record, record.key)
+        elif record.sheet is not None:
+            self._heed(record.sheet.workspace, fits=record.taken == len(record.sheet.workspace.order))
         record.close()
         bundle = record.bundle
         self._order = record.order if bundle is None else bundle.order
@@ -417,6 +422,13 @@ class Taps:
         if len(record.places) > 1 and record.whole and fits(record.places):
             workspace = Workspace(record.places, len(self.points))
         self._workspaces[key] = workspace
+
+    def _heed(self, workspace: Workspace, *, fits: bool) -> None:
+        """Forget a workspace that forwards do not fit any more, one after the other, as when they are compiled."""
+        workspace.misses = 0 if fits else workspace.misses + 1
+        if workspace.misses == MOST_MISSES:
+            for key in [key for key, value in self._workspaces.copy().items() if value is workspace]:
+                self._workspaces.pop(key, None)
 
     def _finish(self, record: Record) -> None:
         if record.readings and record.readings[0].total.is_cuda:

@@ -85,7 +85,10 @@ class Workspace(Layout):
 
     Attributes:
         size: Number of values of memory for it.
+        misses: Forwards in a row that did not fit.
     """
+
+    misses = 0
 
     def __init__(self, places: Sequence[Place], layers: int) -> None:
         order = tuple(place.index for place in places)

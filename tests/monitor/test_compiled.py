@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from guardserve import EvalGuard, Monitor, fuse
 from guardserve.monitor import Snapshot
+from guardserve.observation.taps import MOST_MISSES, _Tap
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
@@ -351,6 +352,25 @@ def test_forwards_count_while_another_thread_compiles() -> None:
         assert torch.compiler.is_compiling()
         model(x)
         assert monitor.snapshot().samples == 2
+
+
+def test_layers_that_a_graph_lays_out_otherwise_get_other_slots() -> None:
+    """After some forwards; until then, and where layouts come in turns, they are looked at in the slower way."""
+    model = net()
+    (x,) = batches(2)
+    compiled = torch.compile(model, fullgraph=True)
+    with Monitor(model) as monitor, torch.inference_mode():
+        for _ in range(3):
+            model(x)
+        for _ in range(MOST_MISSES + 1):
+            compiled(x)
+        with mock.patch.object(_Tap, "read", side_effect=AssertionError):
+            for _ in range(3):
+                compiled(x)
+        for _ in range(3):
+            model(x)
+            compiled(x)
+        assert {layer.samples for layer in monitor.snapshot().layers} == {2 * (3 + MOST_MISSES + 1 + 3 + 6)}
 
 
 def test_an_exported_program_carries_no_monitor() -> None:
