@@ -41,9 +41,8 @@ _names = itertools.count()
 
 _library: Any = torch.library.Library("guardserve", "FRAGMENT")  # type: ignore[no-untyped-call]
 
-
-_TAGS = [tag for tag in (getattr(torch.Tag, "flexible_layout", None),) if tag is not None]
-"""Or a graph would copy what has another layout in it than in eager code."""
+_TAGS = [getattr(torch.Tag, name) for name in ("flexible_layout", "cudagraph_unsafe") if hasattr(torch.Tag, name)]
+"""Or a graph would copy what has another layout in it than in eager code; and CUDA graphs replay no Python."""
 
 
 def _define(signature: str, kernel: Callable[..., None]) -> Any:
@@ -51,7 +50,8 @@ def _define(signature: str, kernel: Callable[..., None]) -> Any:
     name = signature.partition("(")[0]
     _library.define(signature, tags=_TAGS)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    _library.impl(name, lambda *_: None, "Meta")
+    for shows_nothing in ("Meta", "FuncTorchBatched"):
+        _library.impl(name, lambda *_: None, shows_nothing)
     return getattr(torch.ops.guardserve, name).default
 
 
@@ -111,13 +111,15 @@ def look_in_graph(place: str, x: torch.Tensor) -> None:
 
 def enter_in_graph(place: str, inputs: Sequence[object]) -> None:
     """Have a graph begin a forward."""
-    tensors = [value.detach() for value in inputs if isinstance(value, torch.Tensor)]
-    _enter_operator(tensors, len(tensors) == len(inputs), place, _mark)
+    if not exporting():
+        tensors = [value.detach() for value in inputs if isinstance(value, torch.Tensor)]
+        _enter_operator(tensors, len(tensors) == len(inputs), place, _mark)
 
 
 def leave_in_graph(place: str) -> None:
     """Have a graph end it."""
-    _leave_operator(place, _mark)
+    if not exporting():
+        _leave_operator(place, _mark)
 
 
 def exporting() -> bool:

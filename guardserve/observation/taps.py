@@ -26,7 +26,6 @@ from guardserve.inlets import NOTHING, Glance, Look, looks_still, on_input, rank
 from guardserve.nonfinite import named_tensors
 from guardserve.observation.compiled import (
     enter_in_graph,
-    exporting,
     fake_mode,
     leave_in_graph,
     look_in_graph,
@@ -442,14 +441,14 @@ class Taps:
         """Begin a forward that is part of a larger graph; the model may call itself in it."""
         opened = self._open
         opened.in_graph += 1
-        if opened.in_graph == 1 and not exporting():
+        if opened.in_graph == 1:
             enter_in_graph(self._place, (*args, *kwargs.values()))
 
     def _end_in_graph(self) -> None:
         """End such a forward."""
         opened = self._open
         opened.in_graph -= 1
-        if opened.in_graph == 0 and not exporting():
+        if opened.in_graph == 0:
             leave_in_graph(self._place)
 
 

@@ -29,7 +29,7 @@ MOST_VALUES = 2**22
 """Values that a forward may show at most to be laid out so, 16 MB; an operation more or less is then no matter."""
 
 MOST_AXES = 8
-"""Axes of an activation that compiled code reads, at most."""
+"""Axes of an activation that the part in C reads, at most: ``native.h`` has the same."""
 
 _LEAST_SIZE = 2**12
 

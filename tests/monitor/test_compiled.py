@@ -373,11 +373,64 @@ def test_layers_that_a_graph_lays_out_otherwise_get_other_slots() -> None:
         assert {layer.samples for layer in monitor.snapshot().layers} == {2 * (3 + MOST_MISSES + 1 + 3 + 6)}
 
 
-def test_an_exported_program_carries_no_monitor() -> None:
+class Mapped(nn.Module):
+    """Has a part of it mapped over an axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.part = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise twice."""
+        y: torch.Tensor = torch.vmap(self.part)(self.first(x)[:, None]).squeeze(1)
+        return y
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_what_is_mapped_in_a_graph_is_answered_and_shows_nothing(backend: str, outside: bool) -> None:
+    """A part of the model, or the model in a larger graph."""
+    model = nn.BatchNorm2d(3).eval() if outside else Mapped().eval()
+    (x,) = batches(4)
+
+    def called(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.vmap(model)(x[:, None]).squeeze(1) if outside else model(x)
+        return y
+
+    with torch.no_grad():
+        expected = called(x)
+        with Monitor(model) as monitor:
+            torch.testing.assert_close(torch.compile(called, backend=backend)(x), expected)
+            assert {layer.name: layer.samples for layer in monitor.snapshot().layers} == (
+                {} if outside else {"first": 4}
+            )
+
+
+def test_looks_are_kept_where_their_layers_answers_are_not_used() -> None:
+    """And gradients are those of a model without a monitor."""
+    model, (x,) = net(), batches(3)
+    twin = copy.deepcopy(model)
+
+    def called(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        model(x + 1)
+        y: torch.Tensor = model(x)
+        return y
+
+    with Monitor(model) as monitor:
+        left, right = x.clone().requires_grad_(), x.clone().requires_grad_()
+        torch.autograd.backward(torch.compile(called, backend="aot_eager", fullgraph=True)(model, left).square().sum())
+        torch.autograd.backward(called(twin, right).square().sum())
+        assert monitor.snapshot().samples == 6
+    torch.testing.assert_close(left.grad, right.grad)
+    torch.testing.assert_close(model.conv.weight.grad, twin.conv.weight.grad)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_carries_no_monitor(strict: bool) -> None:
     """Exporting a monitored model leaves no operator of the monitor in the program."""
     model = net()
     with Monitor(model) as monitor:
-        program = torch.export.export(model, (batches(2)[0],))
+        program = torch.export.export(model, (batches(2)[0],), strict=strict)
         assert not [node for node in program.graph.nodes if "guardserve" in str(node.target)]
         assert monitor.snapshot().samples == 0
 
