@@ -35,6 +35,7 @@ CONTEXT = (
     "constraints.txt",
     "pyproject.toml",
     "setup.py",
+    "native",
     "README.md",
     "LICENSE",
     "guardserve",
