@@ -82,6 +82,7 @@ _look_operator = _define("look(Tensor x, str place, Tensor(a!) mark) -> ()", _lo
 _enter_operator = _define("enter(Tensor[] inputs, bool whole, str place, Tensor(a!) mark) -> ()", _enter)
 _leave_operator = _define("leave(str place, Tensor(a!) mark) -> ()", _leave)
 
+# on the CPU, and said to be written to: where CUDA graphs are not divided at operators, that keeps looks out of them
 with torch.inference_mode(mode=False):
     _mark = torch.zeros((), device="cpu")
 
