@@ -31,6 +31,9 @@ typedef struct {
 /* Looks at a tensor; tells whether it is a plain one of floats that are in memory, on the CPU. Raises nothing. */
 int view_of(PyObject *x, View *view);
 
+/* Reads a tuple of numbers; returns how many they are, -1 on an error: there may be MOST_AXES. */
+int read_numbers(PyObject *tuple, int64_t *numbers);
+
 /* What is read of activations of one shape and layout: some of the positions of each sample, others in each turn. */
 typedef struct {
     PyObject_HEAD

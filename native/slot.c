@@ -13,17 +13,6 @@ void free_object(PyObject *self)
     Py_DECREF(type);
 }
 
-/* Reads a tuple of numbers; tells how many they are, -1 on an error. */
-static int read_numbers(PyObject *tuple, int64_t *numbers)
-{
-    Py_ssize_t count = PyTuple_Size(tuple);
-    if (count > MOST_AXES)
-        PyErr_Format(PyExc_ValueError, "no more than %d axes can be read", MOST_AXES);
-    for (Py_ssize_t i = 0; i < count && i < MOST_AXES; i++)
-        numbers[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple, i));
-    return PyErr_Occurred() ? -1 : (int)count;
-}
-
 /* Tells whether a turn reads of the axes of positions only what they have. */
 static int is_in_step(const Cells *cells, Py_ssize_t numbers)
 {

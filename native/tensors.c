@@ -51,14 +51,22 @@ static int lend(PyObject *x, View *view)
     return lent.dtype.bits == 8 * sizes[view->kind] && (lent.dtype.code == DL_FLOAT || lent.dtype.code == DL_BFLOAT);
 }
 
-/* Reads numbers of a tuple, of whose owner nothing is needed any more; returns how many, -1 on an error. */
-static int numbers_of(PyObject *tuple, int64_t *numbers)
+int read_numbers(PyObject *tuple, int64_t *numbers)
 {
-    Py_ssize_t count = tuple ? PyTuple_Size(tuple) : -1;
+    Py_ssize_t count = PyTuple_Size(tuple);
+    if (count > MOST_AXES)
+        PyErr_Format(PyExc_ValueError, "no more than %d axes can be read", MOST_AXES);
     for (Py_ssize_t i = 0; i < count && i < MOST_AXES; i++)
         numbers[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple, i));
-    Py_XDECREF(tuple);
-    return count > MOST_AXES || PyErr_Occurred() ? -1 : (int)count;
+    return PyErr_Occurred() ? -1 : (int)count;
+}
+
+/* Reads those of what was just asked for; -1 if it could not be had either. */
+static int numbers_of(PyObject *found, int64_t *numbers)
+{
+    int count = found ? read_numbers(found, numbers) : -1;
+    Py_XDECREF(found);
+    return count;
 }
 
 static int ask(PyObject *x, View *view)
