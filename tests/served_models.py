@@ -6,6 +6,19 @@ import torch
 from torch import nn
 
 
+class Net(nn.Module):
+    """One BatchNorm layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise."""
+        y: torch.Tensor = self.bn(x)
+        return y
+
+
 class Two(nn.Module):
     """Two outputs, of which one divides by the first feature."""
 

@@ -11,29 +11,15 @@ from contextlib import ExitStack
 from unittest import mock
 
 import pytest
-import torch
 from prometheus_client import CONTENT_TYPE_LATEST
+from served_models import Net
 from serving import serving
-from torch import nn
 
 from guardserve.metrics import Metrics
 from guardserve.service import scraping
 from guardserve.service.scraping import Scraping
 
 METRICS = b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n"
-
-
-class Net(nn.Module):
-    """One BatchNorm layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise."""
-        y: torch.Tensor = self.bn(x)
-        return y
 
 
 def slow(_: str) -> bytes:

@@ -14,9 +14,8 @@ from unittest import mock
 
 import httpx
 import pytest
-import torch
+from served_models import Net
 from serving import serving
-from torch import nn
 
 from guardserve.service import throttle
 from guardserve.service.access import Access
@@ -25,19 +24,6 @@ from guardserve.service.throttle import Throttle
 
 INFER = "/v2/models/net/infer"
 KEY = "0123456789abcdef"
-
-
-class Net(nn.Module):
-    """One BatchNorm layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise."""
-        y: torch.Tensor = self.bn(x)
-        return y
 
 
 def request(line: str, *headers: str, body: bytes = b"") -> bytes:
