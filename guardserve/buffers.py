@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from guardserve.batchnorm import batchnorm_layers
-from guardserve.walks import hold_only
+from guardserve.walks import bit_sum, hold_only
 
 LOOK_INTERVAL = 0.1
 """Seconds between two calls that are looked at: it is a walk through memory that the forward has driven from caches."""
@@ -29,22 +29,29 @@ class _Look:
     """The buffers as they were: themselves, as others may be where they were in memory, and their versions.
 
     Attributes:
+        tensors: All of them.
         versions: The version of each, by its identity; 0 for one that has none.
     """
 
     def __init__(self, dicts: list[dict[str, torch.Tensor | None]], script: Iterable[torch.Tensor]) -> None:
         self._dicts = dicts
         self._items = tuple(chain.from_iterable(map(dict.values, dicts)))
-        tensors = [b for b in (*self._items, *script) if b is not None]
+        self.tensors = [*{id(b): b for b in (*self._items, *script) if b is not None}.values()]
         # a tensor made in inference mode has no counter
-        self._counting = [b for b in tensors if is_lazy(b) or not b.is_inference()]
+        self._counting = [b for b in self.tensors if is_lazy(b) or not b.is_inference()]
         self._counts = [*map(_version, self._counting)]
-        self.versions = dict.fromkeys(map(id, tensors), 0)
+        self.versions = dict.fromkeys(map(id, self.tensors), 0)
         self.versions.update(zip(map(id, self._counting), self._counts, strict=True))
 
     def is_current(self) -> bool:
         """Tell whether nothing was replaced or written to."""
         return hold_only(self._dicts, self._items) and [*map(_version, self._counting)] == self._counts
+
+    def contents(self) -> dict[int, int]:
+        """Sum the bit patterns of each that has such, by its identity; NaN equals itself this way."""
+        sums = zip(self.tensors, map(bit_sum, self.tensors), strict=True)
+        each = zip(self.versions, (_bit_sum(b) if found is None else found for b, found in sums), strict=True)
+        return {key: value for key, value in each if value is not None}
 
 
 class BufferWatch:
@@ -71,6 +78,7 @@ class BufferWatch:
                 self._script |= {f"{name}.{key}" if name else key: b for key, b in module.named_buffers(recurse=False)}
         self._layers = [layer for _, layer in batchnorm_layers(model)]
         self._statistics: dict[int, torch.Tensor] = {}
+        self._kept: dict[int, int] | None = None
         self._stale = True
         self._before: dict[int, int] | None = None
         self._next_look = self._next_content = 0.0
@@ -89,7 +97,7 @@ class BufferWatch:
         if not self._seen.is_current():
             self._seen, self._stale = self._look(), True
         if self._changing or now >= self._next_content:
-            self._before = self._contents()
+            self._before = self._seen.contents()
             if self._stale:
                 self._keep(self._before)
 
@@ -105,19 +113,22 @@ class BufferWatch:
             self.mark()
             self._whole_at = now + LOOK_INTERVAL
             return []
-        if now < self._next_content and self._seen.is_current():
+        before = self._seen
+        if not before.is_current():
+            self._seen = self._look()
+        elif now < self._next_content:
             self._rest(now)
             return []
-        before, self._seen = self._seen, self._look()
         if self._became_real():
             return []
         old, new = before.versions, self._seen.versions
         changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-        contents = self._contents()
+        contents = self._seen.contents()
         if self._before is not None:
             behind = {key for key, value in contents.items() if self._before.get(key, value) != value} - changed
             if self._put_back(behind):
-                self._seen, contents = self._look(), self._contents()
+                self._seen = self._look()
+                contents = self._seen.contents()
             changed |= behind
         if self._before is not None or self._stale:
             self._keep(contents)
@@ -126,7 +137,7 @@ class BufferWatch:
         self._changing = bool(changed)
         if not changed:
             self._rest(now)
-        return [name for name, buffer in self._named() if id(buffer) in changed]
+        return [name for name, buffer in self._named() if id(buffer) in changed] if changed else []
 
     def _rest(self, now: float) -> None:
         """Look at no calls for a while, after one was looked at from its beginning or for as long."""
@@ -139,11 +150,15 @@ class BufferWatch:
         if lazy == self._lazy:
             return False
         self._lazy = lazy
-        self._keep(self._contents())
+        self._keep(self._seen.contents())
         return True
 
     def _keep(self, contents: dict[int, int]) -> None:
+        """Keep a copy of the statistics, if that of the last time is not of these contents."""
         self._stale = False
+        if contents == self._kept:
+            return
+        self._kept = contents
         statistics = (b for layer in self._layers for b in (layer.running_mean, layer.running_var))
         self._statistics = {id(b): b.detach().clone() for b in statistics if b is not None and id(b) in contents}
 
@@ -157,11 +172,6 @@ class BufferWatch:
 
     def _look(self) -> _Look:
         return _Look(self._dicts, self._script.values())
-
-    def _contents(self) -> dict[int, int]:
-        """Sum the bit patterns of every buffer that has such; NaN equals itself this way."""
-        sums = ((id(buffer), _bit_sum(buffer)) for _, buffer in self._named())
-        return {key: value for key, value in sums if value is not None}
 
     def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._script.items()

@@ -21,18 +21,6 @@ DEFINE_ARE_FINITE(uint16_t)
 DEFINE_ARE_FINITE(uint32_t)
 DEFINE_ARE_FINITE(uint64_t)
 
-/* Returns how many values a tensor has if they lie one after the other, else -1. */
-static int64_t count_of(const View *view)
-{
-    int64_t count = 1;
-    for (int axis = view->axes - 1; axis >= 0; axis--) {
-        if (view->shape[axis] != 1 && view->stride[axis] != count)
-            return -1;
-        count *= view->shape[axis];
-    }
-    return count;
-}
-
 static PyObject *is_finite(PyObject *module, PyObject *x)
 {
     (void)module;

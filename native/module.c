@@ -11,7 +11,7 @@ PyMODINIT_FUNC PyInit_native(void)
 {
     PyObject *module = PyModule_Create(&definition);
     if (!module || init_tensors() < 0 || init_modes() < 0 || init_slots(module) < 0 || init_forwards(module) < 0 ||
-        PyModule_AddFunctions(module, finite_methods) < 0 || PyModule_AddFunctions(module, modes_methods) < 0 ||
+        PyModule_AddFunctions(module, contents_methods) < 0 || PyModule_AddFunctions(module, finite_methods) < 0 || PyModule_AddFunctions(module, modes_methods) < 0 ||
         PyModule_AddFunctions(module, forward_methods) < 0)
         return NULL;
     return module;

@@ -18,7 +18,7 @@
 #define LONG (1 << 16) /* values from which on other threads may run meanwhile */
 #define MOST_AXES 8
 
-enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };
+enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, INT64 };
 
 /* A tensor's values in memory. */
 typedef struct {
@@ -28,8 +28,14 @@ typedef struct {
     int64_t held[2 * MOST_AXES]; /* these two, where the tensor did not lend them */
 } View;
 
-/* Looks at a tensor; tells whether it is a plain one of floats that are in memory, on the CPU. Raises nothing. */
+/* Looks at a tensor; tells whether it is a plain one of such values that are in memory, on the CPU. Raises nothing. */
+int memory_of(PyObject *x, View *view);
+
+/* Tells whether they are floats too. */
 int view_of(PyObject *x, View *view);
+
+/* Returns how many values a tensor has if they lie one after the other, else -1. */
+int64_t count_of(const View *view);
 
 /* Reads a tuple of numbers; returns how many they are, -1 on an error: there may be MOST_AXES. */
 int read_numbers(PyObject *tuple, int64_t *numbers);
@@ -73,6 +79,6 @@ int init_modes(void);
 int init_slots(PyObject *module);
 int init_forwards(PyObject *module);
 
-extern PyMethodDef finite_methods[], modes_methods[], forward_methods[];
+extern PyMethodDef contents_methods[], finite_methods[], modes_methods[], forward_methods[];
 
 #endif

@@ -17,12 +17,12 @@ typedef struct {
     int (*lend)(void *tensor, DLTensor *lent);
 } DLPackExchangeAPI;
 
-enum { DL_CPU = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
+enum { DL_CPU = 1, DL_INT = 0, DL_FLOAT = 2, DL_BFLOAT = 4 };
 
-#define KINDS 4
+#define KINDS 5
 #define LOW ((uintptr_t)1 << (sizeof(void *) * 5)) /* memory begins lower hardly ever */
 
-static const uintptr_t sizes[KINDS] = {4, 2, 2, 8};
+static const uintptr_t sizes[KINDS] = {4, 2, 2, 8, 8};
 static PyObject *Tensor, *strided, *dtypes[KINDS];
 static PyObject *name_data_ptr, *name_dtype, *name_is_cpu, *name_is_neg, *name_layout, *name_shape, *name_storage_offset,
     *name_stride;
@@ -43,12 +43,13 @@ static int lend(PyObject *x, View *view)
     if (lent.dtype.code == DL_FLOAT)
         view->kind = lent.dtype.bits == 32 ? FLOAT32 : lent.dtype.bits == 16 ? FLOAT16 : FLOAT64;
     else
-        view->kind = BFLOAT16;
+        view->kind = lent.dtype.code == DL_BFLOAT ? BFLOAT16 : INT64;
     view->values = (const char *)lent.data + lent.byte_offset;
     view->axes = lent.ndim;
     view->shape = lent.shape;
     view->stride = lent.strides;
-    return lent.dtype.bits == 8 * sizes[view->kind] && (lent.dtype.code == DL_FLOAT || lent.dtype.code == DL_BFLOAT);
+    return lent.dtype.bits == 8 * sizes[view->kind] &&
+           (lent.dtype.code == DL_FLOAT || lent.dtype.code == DL_BFLOAT || lent.dtype.code == DL_INT);
 }
 
 int read_numbers(PyObject *tuple, int64_t *numbers)
@@ -100,7 +101,7 @@ static int is_nowhere(PyObject *x, uintptr_t values, uintptr_t size)
     return nowhere;
 }
 
-int view_of(PyObject *x, View *view)
+int memory_of(PyObject *x, View *view)
 {
     if ((PyObject *)Py_TYPE(x) != Tensor)
         return 0;
@@ -113,9 +114,25 @@ int view_of(PyObject *x, View *view)
     return seen;
 }
 
+int view_of(PyObject *x, View *view)
+{
+    return memory_of(x, view) && view->kind != INT64;
+}
+
+int64_t count_of(const View *view)
+{
+    int64_t count = 1;
+    for (int axis = view->axes - 1; axis >= 0; axis--) {
+        if (view->shape[axis] != 1 && view->stride[axis] != count)
+            return -1;
+        count *= view->shape[axis];
+    }
+    return count;
+}
+
 int init_tensors(void)
 {
-    static const char *dtype_names[KINDS] = {"float32", "bfloat16", "float16", "float64"};
+    static const char *dtype_names[KINDS] = {"float32", "bfloat16", "float16", "float64", "int64"};
     PyObject *torch = PyImport_ImportModule("torch");
     if (!torch)
         return -1;
