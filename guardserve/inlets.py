@@ -19,12 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from guardserve.batchnorm import FusedBatchNorm, GraphBatchNorm
+from guardserve.compiled import Glance, glance_at, look_in_graph, place_of_look
 
 Look = Callable[[torch.Tensor], None]
 """Called with a layer's input."""
-
-Glance = Callable[[torch.Tensor], bool]
-"""Called in its place, where nobody else looks; says whether that will do, also for the layer's own check."""
 
 _CHECK = "_check_input_dim"
 _ASKS_FIRST = _CHECK in _BatchNorm.forward.__code__.co_names
@@ -62,7 +60,8 @@ def on_input(layer: nn.Module, look: Look, *, training: bool = False, glance: Gl
         layer: The layer.
         look: What looks.
         training: Whether it need only look while the layer is in training mode.
-        glance: A quicker look, that takes inputs of the layer's :func:`ranks` only; it is not compiled.
+        glance: A quicker look, called in its place where nobody else looks. It says whether that will do, also for the
+            layer's own check: it takes inputs of the layer's :func:`ranks` only.
     """
     if not has_inlet(layer):
         return layer.register_forward_pre_hook(_Hook(look), with_kwargs=True)
@@ -73,7 +72,7 @@ def on_input(layer: nn.Module, look: Look, *, training: bool = False, glance: Gl
         else:
             inlet.looks += (look,)
             inlet.glances[look] = glance
-            inlet.settle()
+        inlet.settle()
         vars(layer)[_CHECK] = inlet
     return _Handle(layer, inlet, look)
 
@@ -126,27 +125,39 @@ class Inlet:
         self.training_looks: tuple[Look, ...] = ()
         self.glances: dict[Look, Glance | None] = {}
         self._glance: Glance | None = None
+        self._heeds_flag = False
+        self._name = place_of_look(self)
+        self._place = ""
         self._layer = layer
         takes_any = isinstance(layer, (FusedBatchNorm, GraphBatchNorm))
         self._check: Look | None = None if takes_any else getattr(type(layer), _CHECK).__get__(layer)
 
     def __call__(self, x: torch.Tensor) -> None:
         """Look at an input, and check it."""
-        # a compiled forward is guarded by each way in which it came to the layer
-        if self.training_looks and self._layer.training:
+        # a compiled forward is guarded, at each layer, by all that is asked here
+        if self._heeds_flag and self._layer.training:
             for look in self.training_looks:
                 look(x)
-        # what is compiled must not come upon a glance
-        if not _compiling() and (glance := self._glance) is not None and glance(x):
+        if _compiling():
+            look_in_graph(self._place, x)
+        elif (glance := self._glance) is not None and glance(x):
             return
-        for look in self.looks:
-            look(x)
+        else:
+            self.look(x)
         if self._check is not None:
             self._check(x)
 
+    def look(self, x: torch.Tensor) -> None:
+        """Look at an input."""
+        for look in self.looks:
+            look(x)
+
     def settle(self) -> None:
-        """Find out whether somebody looks alone."""
+        """Find out who looks: whether somebody does alone, and somebody at all."""
         self._glance = self.glances.get(self.looks[0]) if len(self.looks) == 1 else None
+        self._heeds_flag = bool(self.training_looks)
+        self._place = self._name if self.looks else ""
+        glance_at(self._name, self._glance)
 
     def __reduce__(self) -> tuple[type[Inlet], tuple[nn.Module]]:
         return Inlet, (self._layer,)
@@ -156,11 +167,16 @@ class _Hook:
     """A forward hook for layers without an inlet; in a copy or a pickle of the model it does nothing."""
 
     def __init__(self, look: Look | None = None) -> None:
-        self._look = look
+        self.look = look or _nothing
+        self._place = place_of_look(self) if look else ""
 
     def __call__(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NOTHING) -> None:
-        if self._look is not None and (args or kwargs):
-            self._look(args[0] if args else next(iter(kwargs.values())))
+        if self._place and (args or kwargs):
+            x = args[0] if args else next(iter(kwargs.values()))
+            if _compiling():
+                look_in_graph(self._place, x)
+            else:
+                self.look(x)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
@@ -185,10 +201,13 @@ class _Handle:
         with _LOCK:
             inlet.looks = _without(inlet.looks, self._look)
             inlet.glances.pop(self._look, None)
-            inlet.settle()
             inlet.training_looks = _without(inlet.training_looks, self._look)
+            inlet.settle()
             if not inlet.looks and not inlet.training_looks and vars(self._layer).get(_CHECK) is inlet:
                 vars(self._layer).pop(_CHECK, None)  # the garbage collector may have come first
+
+
+def _nothing(_: torch.Tensor) -> None: ...
 
 
 def _without(looks: tuple[Look, ...], look: Look) -> tuple[Look, ...]:

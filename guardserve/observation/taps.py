@@ -21,19 +21,10 @@ from torch import nn
 from typing_extensions import Self
 
 from guardserve.batchnorm import ObservationPoint, batchnorm_layers, observation_points
+from guardserve.compiled import Glance, enter_in_graph, fake_mode, leave_in_graph, place_of_forwards, skip, uncompiled
 from guardserve.graphs import SCRIPT_OPERATORS, GraphMarks, graph_norms
-from guardserve.inlets import NOTHING, Glance, Look, looks_still, on_input, ranks
+from guardserve.inlets import NOTHING, Look, looks_still, on_input, ranks
 from guardserve.nonfinite import named_tensors
-from guardserve.observation.compiled import (
-    enter_in_graph,
-    fake_mode,
-    leave_in_graph,
-    look_in_graph,
-    place_of_forwards,
-    place_of_look,
-    skip,
-    uncompiled,
-)
 from guardserve.observation.keys import sample_keys
 from guardserve.observation.reading import VALUES, Plan, Scratch, plan_for, read
 from guardserve.observation.record import Record
@@ -213,9 +204,8 @@ class Taps:
         for index, point in enumerate(self.points):
             tap = _Tap(index, point, self._faults)
             self._taps.append(tap)
-            glance = self._glance(tap)
-            tap.look = self._reader(tap, glance)
-            self._handles.append(on_input(point.layer, tap.look, glance=glance))
+            tap.look = self._reader(tap)
+            self._handles.append(on_input(point.layer, tap.look, glance=self._glance(tap)))
         observed = {point.name for point in self.points}
         for name, _ in batchnorm_layers(model):
             if name not in observed:
@@ -232,14 +222,11 @@ class Taps:
             self._handles.append(model.register_forward_pre_hook(RootHook(self._begin), with_kwargs=True))
             self._handles.append(model.register_forward_hook(RootHook(self._end), always_call=True))
 
-    def _reader(self, tap: _Tap, glance: Glance | None) -> Look:
+    def _reader(self, tap: _Tap) -> Look:
         opened, clock = self._open, time.perf_counter
-        index, place = tap.index, place_of_look(tap, glance)
+        index = tap.index
 
         def look(x: torch.Tensor) -> None:
-            if _compiling():
-                look_in_graph(place, x)
-                return
             record = opened.record
             if record is None:
                 self._read_alone(tap, x)

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from guardserve.inlets import Glance
+Glance = Callable[[torch.Tensor], bool]
+"""Called where somebody would look; says whether that will do."""
 
 
 class Looking(Protocol):
@@ -87,14 +88,20 @@ with torch.inference_mode(mode=False):
     _mark = torch.zeros((), device="cpu")
 
 
-def place_of_look(who: Looking, glance: Glance | None) -> str:
-    """Return what graphs find one by that looks, for as long as it is there, and its quicker way if it has one."""
+def place_of_look(who: Looking) -> str:
+    """Return what graphs find one by that looks, for as long as it is there."""
     place = str(next(_names))
     _looking[place] = who
+    weakref.finalize(who, _glances.pop, place, None)
+    return place
+
+
+def glance_at(place: str, glance: Glance | None) -> None:
+    """Have graphs try a quicker way first, or none any more."""
     if glance is not None:
         _glances[place] = glance
-        weakref.finalize(who, _glances.pop, place)
-    return place
+    else:
+        _glances.pop(place, None)
 
 
 def place_of_forwards(who: Following) -> str:
@@ -105,8 +112,8 @@ def place_of_forwards(who: Following) -> str:
 
 
 def look_in_graph(place: str, x: torch.Tensor) -> None:
-    """Have a graph look, in code that is being compiled."""
-    if not exporting():
+    """Have a graph look, in code that is being compiled; nobody does where there is no place."""
+    if place and not exporting():
         _look_operator(x.detach(), place, _mark)
 
 
