@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+
+_log = logging.getLogger(__name__)
 
 Glance = Callable[[torch.Tensor], bool]
 """Called where somebody would look; says whether that will do."""
@@ -51,8 +55,8 @@ def _define(signature: str, kernel: Callable[..., None]) -> Any:
     name = signature.partition("(")[0]
     _library.define(signature, tags=_TAGS)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    for shows_nothing in ("Meta", "FuncTorchBatched"):
-        _library.impl(name, lambda *_: None, shows_nothing)
+    for key in ("Meta", "FuncTorchBatched"):
+        _library.impl(name, _show_nothing, key)
     return getattr(torch.ops.guardserve, name).default
 
 
@@ -63,6 +67,38 @@ def _look(x: torch.Tensor, place: str, mark: torch.Tensor) -> None:
         who = _looking.get(place)
         if who is not None:
             who.look(x)
+
+
+def _show_nothing(*_: object) -> None:
+    """Have no values, as while a graph is being made: it is time to see to how it is called."""
+    if (inductor := sys.modules.get("torch._inductor.lowering")) is not None:
+        _shorten(inductor)
+
+
+@functools.cache
+def _shorten(inductor: Any) -> None:
+    """Have the code that inductor writes look without torch's dispatcher, which takes longer than a look does."""
+    try:
+        usual = inductor.fallback_handler(_look_operator)
+
+        def lower(*args: object) -> object:
+            written = usual(*args)
+            graph = inductor.V.graph
+            kernel = graph.operations[-1]
+            if getattr(kernel, "op_overload", None) is _look_operator and not graph.cpp_wrapper:
+                kernel.python_kernel_name = "torch.ops.guardserve.look.quick"
+            return written
+
+        inductor.register_lowering(_look_operator, type_promotion_kind=None)(lower)
+    except (AttributeError, TypeError) as error:  # another inductor than those known
+        _log.debug("compiled graphs look by way of torch's dispatcher", exc_info=error)
+
+
+def _look_quickly(x: torch.Tensor, place: str, mark: torch.Tensor) -> None:
+    """Do what the operator does."""
+    glance = _glances.get(place)
+    if glance is None or not glance(x):
+        _look_operator(x, place, mark)
 
 
 def _enter(inputs: list[torch.Tensor], whole: bool, place: str, mark: torch.Tensor) -> None:
@@ -82,6 +118,8 @@ def _leave(place: str, mark: torch.Tensor) -> None:
 _look_operator = _define("look(Tensor x, str place, Tensor(a!) mark) -> ()", _look)
 _enter_operator = _define("enter(Tensor[] inputs, bool whole, str place, Tensor(a!) mark) -> ()", _enter)
 _leave_operator = _define("leave(str place, Tensor(a!) mark) -> ()", _leave)
+
+torch.ops.guardserve.look.quick = _look_quickly  # type: ignore[attr-defined]
 
 # on the CPU, and said to be written to: where CUDA graphs are not divided at operators, that keeps looks out of them
 with torch.inference_mode(mode=False):

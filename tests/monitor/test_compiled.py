@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from guardserve import EvalGuard, Monitor, fuse
+from guardserve import EvalGuard, Monitor, compiled, fuse
 from guardserve.monitor import Snapshot
 from guardserve.observation.taps import MOST_MISSES, _Tap
 
@@ -284,6 +284,25 @@ def test_a_graph_takes_and_gives_no_more_than_without_a_monitor() -> None:
         torch.compiler.reset()
     (plain, least), monitored_graph = shown
     assert monitored_graph == (plain, least + 1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_inductor_writes_looks_without_the_dispatcher_where_that_can_be_had(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an inductor that is not as it is known it looks by way of that, and sees the same."""
+    model = net()
+    if not known:
+        from torch._inductor import lowering  # noqa: PLC0415 - it imports the compiler
+
+        monkeypatch.delitem(lowering.lowerings, torch.ops.guardserve.look.default, raising=False)
+        shorten = compiled._shorten.__wrapped__
+        monkeypatch.setattr(compiled, "_shorten", lambda _: shorten(object()))
+    looked = mock.Mock(side_effect=compiled._look_quickly)
+    monkeypatch.setattr(torch.ops.guardserve.look, "quick", looked)
+    inputs = batches(2, 2, 2)
+    assert_same(watch(model, torch.compile(model), inputs), watch(model, model, inputs))
+    assert looked.call_count == (9 if known else 0)
 
 
 def test_a_graph_reads_for_no_monitor_but_those_of_now() -> None:
