@@ -1,6 +1,12 @@
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+from guardserve.observation.reading import Rows
+
+_Array: TypeAlias = npt.NDArray[np.float64]
 
 @final
 class Cells:
@@ -34,6 +40,10 @@ class Glance:
     def __init__(self, owner: object, index: int, ranks: tuple[int, ...] = ...) -> None: ...
     def at(self, x: torch.Tensor, /) -> bool: ...
 
+def add_up(rows: list[Rows], constants: _Array, moments: _Array, /) -> bool: ...
+def merge_moments(
+    a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...], both: tuple[torch.Tensor, ...], /
+) -> bool: ...
 def begin(owner: object, record: object, slots: list[Slot | None], turn: int, timed: bool, /) -> None: ...
 def end(owner: object, /) -> tuple[int, float]: ...
 def bit_sum(x: object, /) -> int | None: ...

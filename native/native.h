@@ -76,9 +76,10 @@ void free_object(PyObject *self); /* of a type that a spec made */
 
 int init_tensors(void);
 int init_modes(void);
+int init_rows(void);
 int init_slots(PyObject *module);
 int init_forwards(PyObject *module);
 
-extern PyMethodDef contents_methods[], finite_methods[], modes_methods[], forward_methods[];
+extern PyMethodDef contents_methods[], finite_methods[], modes_methods[], forward_methods[], rows_methods[];
 
 #endif

@@ -18,7 +18,11 @@ from guardserve.batchnorm import ObservationPoint
 from guardserve.monitor.effect_size import LayerMoments
 from guardserve.observation.reading import Rows
 from guardserve.observation.record import Record
+from guardserve.observation.workspace import NATIVE
 from guardserve.stats import Moments
+
+if NATIVE:
+    from guardserve.native import add_up
 
 _AT_ONCE = 64
 """Rows that are added up in their own type: it rounds like this many additions."""
@@ -61,20 +65,30 @@ class Scale:
         self.ends = list(accumulate(map(len, scales)))
         scale, location = torch.cat(scales), torch.cat(locations)
         known = scale.isfinite() & location.isfinite()
-        self._known = known.numpy().astype(np.int64)
-        self._scale = scale.where(known, torch.inf).numpy()  # by which all of the others are 0
-        self._squared_scale = np.square(self._scale)
+        scale = scale.where(known, torch.inf)  # by which all of the others are 0
         location = location.where(known, 0.0)
         anchor = torch.cat([point.anchor.double().cpu() for point in points])
-        self._offset = (anchor - location).numpy()
+        self._columns = torch.stack([known.double(), anchor - location, scale]).numpy()
 
     def is_current(self) -> bool:
         """Tell whether the layers still have the constants that it was made from."""
         return same_constants(self._constants, constants_of(self._points))
 
-    def moments(self, rows: Sequence[Rows]) -> RouteMoments:
+    def moments(self, rows: list[Rows]) -> RouteMoments:
         """Standardise and summarise rows; values that are not finite, or their squares, are left out of a channel."""
         samples = sum(len(part.mean) for part in rows)
+        made = np.empty((4, self.ends[-1]))
+        plain = NATIVE and all(part.mean.dtype == np.float32 for part in rows)
+        if plain and add_up(rows, self._columns, made):
+            bad, count, mean, squares, within = np.zeros(len(self.ends), np.int64), made[0].view(np.int64), *made[1:]
+        else:
+            bad, count, mean, squares, within = self._moments(rows, samples)
+        moments = Moments(*map(torch.from_numpy, (count, mean, squares)))
+        return RouteMoments(bad, LayerMoments(samples, 0, moments, torch.from_numpy(within)))
+
+    def _moments(self, rows: Sequence[Rows], samples: int) -> tuple[npt.NDArray[Any], ...]:
+        """Do that by numpy's operations, with values that are not finite among them."""
+        known, offset, scale = self._columns
         bad = np.zeros(len(self.ends), np.int64)
         with np.errstate(invalid="ignore", over="ignore"):
             sums = _finite_sums(rows, samples)
@@ -83,15 +97,15 @@ class Scale:
                 bad += samples - np.logical_and.reduceat(finite, [0, *self.ends[:-1]], axis=1).sum(0)
                 sums = _sums_without(rows, finite)
         # few operations: each hands the interpreter over to the forwards, and asks for it again
-        count, (mean, squares, within) = self._known * sums.number, sums[1:]
-        mean += self._offset
+        count = (known * sums.number).astype(np.int64)
+        mean, squares, within = sums[1:]
+        mean += offset
         mean *= np.greater(sums.number, 0)
-        mean /= self._scale
-        squares /= self._squared_scale
-        within /= self._squared_scale
+        mean /= scale
+        squares /= scale**2
+        within /= scale**2
         within /= np.maximum(sums.number, 1)
-        moments = Moments(*map(torch.from_numpy, (count, mean, squares)))
-        return RouteMoments(bad, LayerMoments(samples, 0, moments, torch.from_numpy(within)))
+        return bad, count, mean, squares, within
 
     def layer(self, position: int, seen: RouteMoments) -> LayerMoments:
         """Take one layer out of what a route has accumulated."""
@@ -204,7 +218,7 @@ class Scales:
     def routes(self, record: Record) -> list[tuple[tuple[int, ...], Rows]]:
         """Divide a forward up into routes: one, unless the forward ran a layer twice or it is one way too many."""
         if record.whole and (record.route in self._scales or len(self._scales) < ROUTES):
-            return [(record.route, record.rows())]
+            return [(record.route, record.look())]
         return [((index,), rows) for index, rows in record.parts()]
 
 

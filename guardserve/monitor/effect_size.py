@@ -14,7 +14,11 @@ import numpy.typing as npt
 import torch
 
 from guardserve.batchnorm import ObservationPoint
+from guardserve.observation.workspace import NATIVE
 from guardserve.stats import Moments
+
+if NATIVE:
+    from guardserve.native import merge_moments
 
 
 @dataclass(frozen=True)
@@ -83,14 +87,20 @@ class LayerMoments:
 
     def merge(self, other: LayerMoments) -> LayerMoments:
         """Return what both have accumulated together."""
+        samples = self.samples + other.samples
+        bad = self.nonfinite_samples + other.nonfinite_samples
+        if NATIVE:
+            made = [torch.empty_like(tensor) for tensor in self._tensors]
+            if merge_moments(self._tensors, other._tensors, tuple(made)):
+                return LayerMoments(samples, bad, Moments(*made[:3]), made[3])
         moments = self.moments.merge(other.moments)
         share = other.moments.count.double() / moments.count.clamp(min=1)
-        return LayerMoments(
-            self.samples + other.samples,
-            self.nonfinite_samples + other.nonfinite_samples,
-            moments,
-            self.within + (other.within - self.within) * share,
-        )
+        return LayerMoments(samples, bad, moments, self.within + (other.within - self.within) * share)
+
+    @property
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        moments = self.moments
+        return moments.count, moments.mean, moments.m2, self.within
 
 
 def layer_shifts(layers: Sequence[tuple[ObservationPoint, LayerMoments]], worst: int) -> tuple[LayerShift, ...]:

@@ -98,6 +98,10 @@ class Record:
             self.take(rows)
         return rows
 
+    def look(self) -> Rows:
+        """Return what :meth:`rows` would, but perhaps no longer than this record is there: where it was written."""
+        return self.rows() if self._rows is not None or self.sheet is None else self.sheet.view
+
     def take(self, rows: Rows) -> None:
         """Take what all layers showed."""
         self._rows = rows

@@ -20,11 +20,13 @@ class Sheet:
     Attributes:
         workspace: How it is laid out.
         slots: The slot of each observation point; None where there is none.
+        view: What they write, until it is given back.
     """
 
     def __init__(self, workspace: Workspace, memory: _Memory, shelf: _Shelf) -> None:
         self.workspace = workspace
         self.slots = workspace.slots(memory.values)
+        self.view = workspace.view(memory.values)
         self._memory = memory
         self._shelf = shelf
         self._waiting = False

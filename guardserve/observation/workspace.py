@@ -120,10 +120,14 @@ class Workspace(Layout):
 
     def rows(self, memory: _Array) -> Rows:
         """Return what was written to memory, as arrays of their own."""
-        return Rows(*self._view(memory).copy(), *[None] * (2 - self._shape[0]))
+        return self.view(self._view(memory).copy())
+
+    def view(self, memory: _Array) -> Rows:
+        """Return arrays that show what is written to memory."""
+        return Rows(*self._view(memory), *[None] * (2 - self._shape[0]))
 
     def _view(self, memory: _Array) -> _Array:
-        return memory[: math.prod(self._shape)].reshape(self._shape)
+        return memory.ravel()[: math.prod(self._shape)].reshape(self._shape)
 
 
 @lru_cache(maxsize=256)
