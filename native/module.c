@@ -10,9 +10,12 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "guardserve.nativ
 PyMODINIT_FUNC PyInit_native(void)
 {
     PyObject *module = PyModule_Create(&definition);
-    if (!module || init_tensors() < 0 || init_modes() < 0 || init_rows() < 0 || init_slots(module) < 0 || init_forwards(module) < 0 ||
-        PyModule_AddFunctions(module, contents_methods) < 0 || PyModule_AddFunctions(module, finite_methods) < 0 || PyModule_AddFunctions(module, modes_methods) < 0 ||
-        PyModule_AddFunctions(module, forward_methods) < 0 || PyModule_AddFunctions(module, rows_methods) < 0)
+    if (!module || init_tensors() < 0 || init_modes() < 0 || init_rows() < 0 || init_slots(module) < 0 ||
+        init_forwards(module) < 0)
         return NULL;
+    PyMethodDef *const methods[] = {contents_methods, finite_methods, modes_methods, forward_methods, rows_methods};
+    for (size_t i = 0; i < sizeof(methods) / sizeof(*methods); i++)
+        if (PyModule_AddFunctions(module, methods[i]) < 0)
+            return NULL;
     return module;
 }

@@ -27,7 +27,7 @@ typedef struct {
 
 static PyObject *name_array_struct, *name_mean, *name_variance;
 
-/* Returns where an array's values are, if it has two axes and the values of a row lie side by side; raises otherwise. */
+/* Returns where an array's values are, if it has two axes and each row lies side by side; raises otherwise. */
 static void *read_array(PyObject *array, int size, int64_t *rows, int64_t *columns, int64_t *row)
 {
     PyObject *capsule = array ? PyObject_GetAttr(array, name_array_struct) : NULL;
@@ -64,8 +64,8 @@ static int read_part(PyObject *rows, int64_t columns, Part *part)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-FOR_EACH_PROCESSOR static void add_means(const float *restrict values, const double *restrict first, double *restrict sum,
-                                         double *restrict squares, int64_t count)
+FOR_EACH_PROCESSOR static void add_means(const float *restrict values, const double *restrict first,
+                                         double *restrict sum, double *restrict squares, int64_t count)
 {
     for (int64_t i = 0; i < count; i++) {
         const double apart = values[i] - first[i];
@@ -82,10 +82,11 @@ FOR_EACH_PROCESSOR static void add_values(const float *restrict values, double *
 
 /* Sums up some columns and standardises them; tells whether all sums are finite.
  *
- * constants: Rows of each column: whether it is known, and what is added to its mean before all is divided by the scale.
+ * constants: Three rows: whether a column is known, what is added to its mean, and by what all is divided then.
  */
-FOR_EACH_PROCESSOR static int add_up_columns(const Part *parts, Py_ssize_t count, int64_t samples, const double *constants,
-                                             int64_t row, int64_t start, int64_t width, Moments to)
+FOR_EACH_PROCESSOR static int add_up_columns(const Part *parts, Py_ssize_t count, int64_t samples,
+                                             const double *constants, int64_t row, int64_t start, int64_t width,
+                                             Moments to)
 {
     double first[WIDTH], sum[WIDTH] = {0}, squares[WIDTH] = {0}, within[WIDTH] = {0}, all = 0;
     for (int64_t i = 0; i < width; i++)
@@ -132,8 +133,8 @@ static PyObject *add_up(PyObject *module, PyObject *const *arguments, Py_ssize_t
         const Moments moments = {(int64_t *)to, to + row[1], to + 2 * row[1], to + 3 * row[1]};
         PyThreadState *state = PyEval_SaveThread();
         for (int64_t start = 0; start < columns[0]; start += WIDTH) {
-            const int64_t left = columns[0] - start;
-            finite &= add_up_columns(parts, count, samples, constants, row[0], start, left < WIDTH ? left : WIDTH, moments);
+            const int64_t left = columns[0] - start, width = left < WIDTH ? left : WIDTH;
+            finite &= add_up_columns(parts, count, samples, constants, row[0], start, width, moments);
         }
         PyEval_RestoreThread(state);
     }
@@ -152,7 +153,8 @@ static int read_moments(PyObject *tensors, Moments *moments, int64_t *columns)
             view[i].kind != (i ? FLOAT64 : INT64) || view[i].shape[0] != view[0].shape[0])
             return 0;
     *columns = view[0].shape[0];
-    *moments = (Moments){(int64_t *)view[0].values, (double *)view[1].values, (double *)view[2].values, (double *)view[3].values};
+    *moments = (Moments){(int64_t *)view[0].values, (double *)view[1].values, (double *)view[2].values,
+                         (double *)view[3].values};
     return 1;
 }
 
