@@ -18,7 +18,7 @@ ROOT = Path(guardserve.__file__).parent
 # from the ground up; rooms of one level do not import each other
 LEVELS = (
     {"exceptions", "native"},
-    {"signature", "batchnorm", "stats", "nonfinite", "walks", "identity", "fingerprints", "symbolic"},
+    {"signature", "batchnorm", "stats", "nonfinite", "walks", "identity", "fingerprints", "symbolic", "compiled"},
     {"graphs", "inlets"},
     {"modes", "buffers", "decoration", "gradients", "outputs"},
     {"tracing"},
