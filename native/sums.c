@@ -4,6 +4,7 @@
 #define CHANNELS_AT_ONCE 128  /* their sums stay in the first cache */
 #define POSITIONS_AT_ONCE 256 /* added up in float32, and then in float64 */
 #define FEWEST_AT_ONCE 8      /* fewer are as fast one by one */
+#define NARROW 64             /* strips of so many positions, or less, are added up side by side */
 
 static inline float from_float(float value) { return value; }
 
@@ -106,6 +107,39 @@ static int64_t first_cell(const Cells *cells, long long turn, int64_t *place)
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
+    FOR_EACH_PROCESSOR static void narrow_##LOAD(const Slot *slot, const TYPE *x, float *mean, float *variance)        \
+    {                                                                                                                  \
+        const Cells *cells = slot->cells;                                                                              \
+        const int64_t length = cells->length, together = POSITIONS_AT_ONCE / length;                                   \
+        const int64_t *const end = cells->strip + cells->strips;                                                       \
+        for (int64_t c = 0; c < cells->channels; c++, x += cells->apart) {                                             \
+            float origin = LOAD(*x);                                                                                   \
+            double sum = 0, squares = 0;                                                                               \
+            for (const int64_t *strip = cells->strip, *next; strip < end; strip = next) {                              \
+                next = end - strip < together ? end : strip + together;                                                \
+                float sums[NARROW] = {0}, few = 0, few_squares = 0, count = (float)((next - strip) * length);          \
+                for (const int64_t *here = strip; here < next; here++)                                                 \
+                    for (int64_t i = 0; i < length; i++)                                                               \
+                        sums[i] += LOAD(x[*here + i]) - origin;                                                        \
+                for (int64_t i = 0; i < length; i++) {                                                                 \
+                    few += sums[i];                                                                                    \
+                    sums[i] = 0;                                                                                       \
+                }                                                                                                      \
+                float middle = few / count;                                                                            \
+                for (const int64_t *here = strip; here < next; here++)                                                 \
+                    for (int64_t i = 0; i < length; i++) {                                                             \
+                        float deviation = LOAD(x[*here + i]) - origin - middle;                                        \
+                        sums[i] += deviation * deviation;                                                              \
+                    }                                                                                                  \
+                for (int64_t i = 0; i < length; i++)                                                                   \
+                    few_squares += sums[i];                                                                            \
+                sum += few;                                                                                            \
+                squares += few_squares + (double)middle * (2 * (double)few - (double)count * middle);                  \
+            }                                                                                                          \
+            finish(slot, c, origin, sum, squares, mean, variance);                                                     \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
     static void positions_##LOAD(const Slot *slot, const TYPE *x, float *mean, float *variance)                        \
     {                                                                                                                  \
         const Cells *cells = slot->cells;                                                                              \
@@ -125,13 +159,15 @@ static int64_t first_cell(const Cells *cells, long long turn, int64_t *place)
     {                                                                                                                  \
         const Cells *cells = slot->cells;                                                                              \
         const int strips = cells->step == 1 && cells->length >= FEWEST_AT_ONCE;                                        \
+        const int narrow = strips && cells->length <= NARROW && cells->strips > 1;                                     \
+        void (*const sums)(const Slot *, const TYPE *, float *, float *) =                                             \
+            cells->apart == 1 ? channels_##LOAD : narrow ? narrow_##LOAD : strips ? strips_##LOAD : positions_##LOAD;  \
         int64_t place, base = first_cell(cells, turn, &place);                                                         \
         for (int64_t n = 0; n < cells->samples; n++) {                                                                 \
             const TYPE *sample = x + n * cells->outer + base + (place + n * cells->hop) % cells->row * cells->behind;  \
             float *mean = slot->mean + n * slot->row;                                                                  \
             float *variance = slot->variance ? slot->variance + n * slot->row : NULL;                                  \
-            (cells->apart == 1 ? channels_##LOAD : strips ? strips_##LOAD : positions_##LOAD)(slot, sample, mean,      \
-                                                                                               variance);              \
+            sums(slot, sample, mean, variance);                                                                        \
         }                                                                                                              \
     }
 
