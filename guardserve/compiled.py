@@ -12,6 +12,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -83,12 +84,14 @@ def _shorten(inductor: Any) -> None:
 
         def lower(*args: object) -> object:
             written = usual(*args)
-            graph = inductor.V.graph
-            kernel = graph.operations[-1]
-            if getattr(kernel, "op_overload", None) is _look_operator and not graph.cpp_wrapper:
-                kernel.python_kernel_name = "torch.ops.guardserve.look.quick"
+            with suppress(AttributeError, IndexError):
+                graph = inductor.V.graph
+                kernel = graph.operations[-1]
+                if kernel.op_overload is _look_operator and not graph.cpp_wrapper:
+                    kernel.python_kernel_name = "torch.ops.guardserve.look.quick"
             return written
 
+        inductor.add_needs_realized_inputs(_look_operator)
         inductor.register_lowering(_look_operator, type_promotion_kind=None)(lower)
     except (AttributeError, TypeError) as error:  # another inductor than those known
         _log.debug("compiled graphs look by way of torch's dispatcher", exc_info=error)
