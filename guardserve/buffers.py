@@ -71,8 +71,7 @@ class BufferWatch:
         for name, module in model.named_modules():
             buffers = vars(module).get("_buffers")
             if isinstance(buffers, dict):
-                if buffers:
-                    self._dicts.append(buffers)
+                self._dicts.append(buffers)
             elif isinstance(module, torch.jit.ScriptModule):
                 # it hands out new Python objects at each access, so what it holds is listed once
                 self._script |= {f"{name}.{key}" if name else key: b for key, b in module.named_buffers(recurse=False)}
@@ -123,6 +122,7 @@ class BufferWatch:
             return []
         old, new = before.versions, self._seen.versions
         changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+        self._stale |= bool(changed)
         contents = self._seen.contents()
         if self._before is not None:
             behind = {key for key, value in contents.items() if self._before.get(key, value) != value} - changed
@@ -154,9 +154,9 @@ class BufferWatch:
         return True
 
     def _keep(self, contents: dict[int, int]) -> None:
-        """Keep a copy of the statistics, if that of the last time is not of these contents."""
-        self._stale = False
-        if contents == self._kept:
+        """Keep a copy of the statistics, unless that of the last time is one of these."""
+        stale, self._stale = self._stale, False
+        if not stale and contents == self._kept:  # else they may be others of the same sums
             return
         self._kept = contents
         statistics = (b for layer in self._layers for b in (layer.running_mean, layer.running_var))

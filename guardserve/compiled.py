@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,8 +15,6 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
-
-_log = logging.getLogger(__name__)
 
 Glance = Callable[[torch.Tensor], bool]
 """Called where somebody would look; says whether that will do."""
@@ -71,30 +68,28 @@ def _look(x: torch.Tensor, place: str, mark: torch.Tensor) -> None:
 
 
 def _show_nothing(*_: object) -> None:
-    """Have no values, as while a graph is being made: it is time to see to how it is called."""
+    """Show nothing of what has no values. As graphs are made with such, inductor learns here how to write looks."""
     if (inductor := sys.modules.get("torch._inductor.lowering")) is not None:
-        _shorten(inductor)
+        with suppress(AttributeError, TypeError):  # another than those known, or not whole yet
+            _shorten(inductor)
 
 
 @functools.cache
 def _shorten(inductor: Any) -> None:
     """Have the code that inductor writes look without torch's dispatcher, which takes longer than a look does."""
-    try:
-        usual = inductor.fallback_handler(_look_operator)
+    usual = inductor.fallback_handler(_look_operator)
 
-        def lower(*args: object) -> object:
-            written = usual(*args)
-            with suppress(AttributeError, IndexError):
-                graph = inductor.V.graph
-                kernel = graph.operations[-1]
-                if kernel.op_overload is _look_operator and not graph.cpp_wrapper:
-                    kernel.python_kernel_name = "torch.ops.guardserve.look.quick"
-            return written
+    def lower(*args: object) -> object:
+        written = usual(*args)
+        with suppress(AttributeError, IndexError):
+            graph = inductor.V.graph
+            kernel = graph.operations[-1]
+            if kernel.op_overload is _look_operator and not graph.cpp_wrapper:
+                kernel.python_kernel_name = "torch.ops.guardserve.look.quick"
+        return written
 
-        inductor.add_needs_realized_inputs(_look_operator)
-        inductor.register_lowering(_look_operator, type_promotion_kind=None)(lower)
-    except (AttributeError, TypeError) as error:  # another inductor than those known
-        _log.debug("compiled graphs look by way of torch's dispatcher", exc_info=error)
+    inductor.add_needs_realized_inputs(_look_operator)
+    inductor.register_lowering(_look_operator, type_promotion_kind=None)(lower)
 
 
 def _look_quickly(x: torch.Tensor, place: str, mark: torch.Tensor) -> None:
@@ -131,7 +126,7 @@ with torch.inference_mode(mode=False):
 
 def place_of_look(who: Looking) -> str:
     """Return what graphs find one by that looks, for as long as it is there."""
-    place = str(next(_names))
+    place = f"layer {next(_names)}"
     _looking[place] = who
     weakref.finalize(who, _glances.pop, place, None)
     return place

@@ -167,16 +167,21 @@ class _Hook:
     """A forward hook for layers without an inlet; in a copy or a pickle of the model it does nothing."""
 
     def __init__(self, look: Look | None = None) -> None:
-        self.look = look or _nothing
-        self._place = place_of_look(self) if look else ""
+        self._look = look
+        self._place = place_of_look(self) if look is not None else ""
 
     def __call__(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NOTHING) -> None:
-        if self._place and (args or kwargs):
+        if args or kwargs:
             x = args[0] if args else next(iter(kwargs.values()))
             if _compiling():
                 look_in_graph(self._place, x)
             else:
                 self.look(x)
+
+    def look(self, x: torch.Tensor) -> None:
+        """Look at an input."""
+        if self._look is not None:
+            self._look(x)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
@@ -205,9 +210,6 @@ class _Handle:
             inlet.settle()
             if not inlet.looks and not inlet.training_looks and vars(self._layer).get(_CHECK) is inlet:
                 vars(self._layer).pop(_CHECK, None)  # the garbage collector may have come first
-
-
-def _nothing(_: torch.Tensor) -> None: ...
 
 
 def _without(looks: tuple[Look, ...], look: Look) -> tuple[Look, ...]:

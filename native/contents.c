@@ -2,25 +2,25 @@
 #include "native.h"
 
 #define DEFINE_SUM(TYPE)                                                                                               \
-    FOR_EACH_PROCESSOR static uint64_t sum_##TYPE(const TYPE *values, int64_t count)                                   \
+    FOR_EACH_PROCESSOR static int64_t sum_##TYPE(const TYPE *values, int64_t count)                                    \
     {                                                                                                                  \
         uint64_t sum = 0;                                                                                              \
         for (int64_t i = 0; i < count; i++)                                                                            \
-            sum += values[i];                                                                                          \
-        return sum;                                                                                                    \
+            sum += (uint64_t)values[i];                                                                                \
+        return (int64_t)sum;                                                                                           \
     }
 
-DEFINE_SUM(uint16_t)
-DEFINE_SUM(uint32_t)
-DEFINE_SUM(uint64_t)
+DEFINE_SUM(int16_t)
+DEFINE_SUM(int32_t)
+DEFINE_SUM(int64_t)
 
-static uint64_t sum_of(const View *view, int64_t count)
+static int64_t sum_of(const View *view, int64_t count)
 {
     if (view->kind == FLOAT32)
-        return sum_uint32_t(view->values, count);
+        return sum_int32_t(view->values, count);
     if (view->kind == FLOAT64 || view->kind == INT64)
-        return sum_uint64_t(view->values, count);
-    return sum_uint16_t(view->values, count);
+        return sum_int64_t(view->values, count);
+    return sum_int16_t(view->values, count);
 }
 
 static PyObject *bit_sum(PyObject *module, PyObject *x)
@@ -31,10 +31,10 @@ static PyObject *bit_sum(PyObject *module, PyObject *x)
     if (count < 0)
         Py_RETURN_NONE;
     PyThreadState *state = count >= LONG ? PyEval_SaveThread() : NULL;
-    uint64_t sum = sum_of(&view, count);
+    int64_t sum = sum_of(&view, count);
     if (state)
         PyEval_RestoreThread(state);
-    return PyLong_FromUnsignedLongLong(sum);
+    return PyLong_FromLongLong(sum);
 }
 
 PyMethodDef contents_methods[] = {

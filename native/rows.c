@@ -3,6 +3,8 @@
 
 #define WIDTH 256 /* columns that are added up together: what that takes stays in the caches */
 
+enum { PLAIN = 0x100 | 0x200, WRITEABLE = 0x400 }; /* flags of the array interface: aligned, and not swapped */
+
 /* What an array lends by numpy's array interface (numpy.org/doc/stable/reference/arrays.interface.html). */
 typedef struct {
     int two, axes;
@@ -28,15 +30,15 @@ typedef struct {
 static PyObject *name_array_struct, *name_mean, *name_variance;
 
 /* Returns where an array's values are, if it has two axes and each row lies side by side; raises otherwise. */
-static void *read_array(PyObject *array, int size, int64_t *rows, int64_t *columns, int64_t *row)
+static void *read_array(PyObject *array, int size, int flags, int64_t *rows, int64_t *columns, int64_t *row)
 {
     PyObject *capsule = array ? PyObject_GetAttr(array, name_array_struct) : NULL;
     const ArrayInterface *lent = capsule ? PyCapsule_GetPointer(capsule, NULL) : NULL;
     void *values = NULL;
-    if (lent && (lent->axes != 2 || lent->kind != 'f' || lent->size != size ||
+    if (lent && (lent->axes != 2 || lent->kind != 'f' || lent->size != size || (lent->flags & flags) != flags ||
                  (lent->shape[0] > 1 && lent->strides[0] % size) ||
                  (lent->shape[0] > 0 && lent->shape[1] > 1 && lent->strides[1] != size)))
-        PyErr_Format(PyExc_ValueError, "it takes arrays of %d-byte floats, of two axes, each row side by side", size);
+        PyErr_Format(PyExc_ValueError, "it takes plain arrays of %d-byte floats, of two axes, each row side by side", size);
     else if (lent) {
         values = lent->data;
         *rows = lent->shape[0];
@@ -53,10 +55,10 @@ static int read_part(PyObject *rows, int64_t columns, Part *part)
     int64_t width[2] = {columns, columns}, others = 0;
     *part = (Part){0};
     if (mean && variance)
-        part->mean = read_array(mean, sizeof(float), &part->rows, &width[0], &part->mean_row);
+        part->mean = read_array(mean, sizeof(float), PLAIN, &part->rows, &width[0], &part->mean_row);
     others = part->rows;
     if (part->mean && variance != Py_None)
-        part->variance = read_array(variance, sizeof(float), &others, &width[1], &part->variance_row);
+        part->variance = read_array(variance, sizeof(float), PLAIN, &others, &width[1], &part->variance_row);
     if (!PyErr_Occurred() && (width[0] != columns || width[1] != columns || others != part->rows))
         PyErr_SetString(PyExc_ValueError, "there are as many means and variances in all rows");
     Py_XDECREF(mean);
@@ -117,24 +119,27 @@ static PyObject *add_up(PyObject *module, PyObject *const *arguments, Py_ssize_t
         return NULL;
     }
     int64_t samples = 0, rows[2], columns[2], row[2];
-    const double *constants = read_array(arguments[1], sizeof(double), &rows[0], &columns[0], &row[0]);
-    double *to = constants ? read_array(arguments[2], sizeof(double), &rows[1], &columns[1], &row[1]) : NULL;
-    if (to && (rows[0] != 3 || rows[1] != 4 || columns[0] != columns[1]))
+    const double *constants = read_array(arguments[1], sizeof(double), PLAIN, &rows[0], &columns[0], &row[0]);
+    double *to = NULL;
+    if (constants)
+        to = read_array(arguments[2], sizeof(double), PLAIN | WRITEABLE, &rows[1], &columns[1], &row[1]);
+    if (to && (rows[0] != 3 || rows[1] != 4 || columns[0] != columns[1] || row[1] < columns[1]))
         PyErr_SetString(PyExc_ValueError, "there are three constants of each column, and four moments");
     const Py_ssize_t count = PyList_Size(arguments[0]);
     Part *parts = PyErr_Occurred() ? NULL : PyMem_Calloc(count + 1, sizeof(Part));
     if (!parts)
         return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+    Py_ssize_t filled = 0;
     for (Py_ssize_t i = 0; i < count && !PyErr_Occurred(); i++)
-        if (read_part(PyList_GetItem(arguments[0], i), columns[0], &parts[i]) == 0)
-            samples += parts[i].rows;
-    int finite = samples && parts[0].rows && !PyErr_Occurred();
+        if (read_part(PyList_GetItem(arguments[0], i), columns[0], &parts[filled]) == 0 && parts[filled].rows)
+            samples += parts[filled++].rows;
+    int finite = filled && !PyErr_Occurred();
     if (finite) {
         const Moments moments = {(int64_t *)to, to + row[1], to + 2 * row[1], to + 3 * row[1]};
         PyThreadState *state = PyEval_SaveThread();
         for (int64_t start = 0; start < columns[0]; start += WIDTH) {
             const int64_t left = columns[0] - start, width = left < WIDTH ? left : WIDTH;
-            finite &= add_up_columns(parts, count, samples, constants, row[0], start, width, moments);
+            finite &= add_up_columns(parts, filled, samples, constants, row[0], start, width, moments);
         }
         PyEval_RestoreThread(state);
     }

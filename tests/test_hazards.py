@@ -16,7 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from guardserve import EvalGuard, GuardWarning, TrainingModeError, buffers
+from guardserve.buffers import BufferWatch
 from guardserve.graphs import graph_norms
+from guardserve.walks import bit_sum
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -189,6 +191,64 @@ def test_silent_writes_are_found_at_the_next_look_and_put_back(monkeypatch: pyte
         guard(torch.randn(4, 3) + 5)
     assert torch.equal(model.get_buffer("bn.running_mean"), torch.zeros(3))
     assert torch.equal(model.get_buffer("bn.running_var"), torch.ones(3))
+
+
+@pytest.mark.parametrize("values", [[3.0, 2.0, 1.0], [4.0, 2.0, 0.5]])
+def test_what_an_owner_wrote_since_is_what_is_put_back(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where values only changed places, which their sum does not show."""
+    monkeypatch.setattr(buffers, "LOOK_INTERVAL", 0.0)
+    monkeypatch.setattr(buffers, "CONTENT_INTERVAL", 0.0)
+    model = nn.BatchNorm1d(3).eval()
+    mean = model.get_buffer("running_mean")
+    mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    watch = BufferWatch(model)
+    assert watch.changed() == []
+    mean.copy_(torch.tensor(values))
+    watch.mark()
+    assert watch.changed() == []
+    watch.mark()
+    nn.functional.batch_norm(torch.randn(4, 3), mean, model.running_var, training=True)
+    assert watch.changed() == ["running_mean", "running_var"]
+    assert mean.tolist() == values
+
+
+def test_a_buffer_that_a_forward_registers_is_watched_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a module that had none."""
+    monkeypatch.setattr(buffers, "LOOK_INTERVAL", 0.0)
+    model = nn.Sequential(nn.ReLU())
+    watch = BufferWatch(model)
+    model[0].register_buffer("made", torch.zeros(2))
+    assert watch.changed() == ["0.made"]
+    watch.mark()
+    model[0].get_buffer("made").add_(1)
+    assert watch.changed() == ["0.made"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64])
+def test_sums_of_contents_show_each_value(dtype: torch.dtype) -> None:
+    """The first, one in the midst and the last, of few values and of many."""
+    for size in (1, 7, 70_001):
+        buffer = -torch.ones(size, dtype=dtype)
+        before = _bit_sums(buffer)
+        for index in {0, size // 2, size - 1}:
+            buffer[index] = 3
+            assert _bit_sums(buffer) != before
+            buffer[index] = -1
+        assert _bit_sums(buffer) == before
+
+
+def _bit_sums(buffer: torch.Tensor) -> tuple[int | None, int | None]:
+    sums = bit_sum(buffer), buffers._bit_sum(buffer)
+    assert sums[0] in (None, sums[1])
+    return sums
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(4)[::2], torch.ones(2, 2).T, torch.ones(2, dtype=torch.bool), torch.ones(1, device="meta"), 1]
+)
+def test_what_is_not_side_by_side_is_left_to_torch(tensor: object) -> None:
+    """The part in C reads usual values on the CPU alone."""
+    assert bit_sum(tensor) is None
 
 
 class Counting(nn.Module):

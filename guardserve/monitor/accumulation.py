@@ -218,7 +218,7 @@ class Scales:
     def routes(self, record: Record) -> list[tuple[tuple[int, ...], Rows]]:
         """Divide a forward up into routes: one, unless the forward ran a layer twice or it is one way too many."""
         if record.whole and (record.route in self._scales or len(self._scales) < ROUTES):
-            return [(record.route, record.look())]
+            return [(record.route, record.view())]
         return [((index,), rows) for index, rows in record.parts()]
 
 

@@ -120,11 +120,11 @@ class Monitor:
         self._lesson: Lesson | None = None
         self._waiting = _Waiting()
         self._unobservable: dict[str, tuple[Constants, int]] = {}
+        self._worker = Worker(self._work, "guardserve-monitor")
         with self._lock:  # other threads may be in a forward already, and must wait for the taps to be there
             self._taps = Taps(model, self._emitter(), values if reference is None else reference.values)
             self._budget = Budget(self._taps, budget if reference is None else None)
             self._scales = Scales(self._taps.points)
-            self._worker = Worker(self._work, "guardserve-monitor")
             self._forget()
         self._finalizer = weakref.finalize(self, _close, self._taps, self._worker)
         _monitors.add(self)

@@ -98,7 +98,7 @@ class Record:
             self.take(rows)
         return rows
 
-    def look(self) -> Rows:
+    def view(self) -> Rows:
         """Return what :meth:`rows` would, but perhaps no longer than this record is there: where it was written."""
         return self.rows() if self._rows is not None or self.sheet is None else self.sheet.view
 

@@ -19,7 +19,7 @@ import torch
 from guardserve.observation.reading import Plan, Rows
 
 try:
-    from guardserve.native import Cells, Slot
+    from guardserve.native import Cells, Slot, add_up, begin, end, merge_moments  # noqa: F401 - all or none is used
 except ImportError:
     NATIVE = False
 else:
@@ -120,14 +120,15 @@ class Workspace(Layout):
 
     def rows(self, memory: _Array) -> Rows:
         """Return what was written to memory, as arrays of their own."""
-        return self.view(self._view(memory).copy())
+        mean, variance = self.view(memory)
+        return Rows(mean.copy(), None if variance is None else variance.copy())
 
     def view(self, memory: _Array) -> Rows:
         """Return arrays that show what is written to memory."""
         return Rows(*self._view(memory), *[None] * (2 - self._shape[0]))
 
     def _view(self, memory: _Array) -> _Array:
-        return memory.ravel()[: math.prod(self._shape)].reshape(self._shape)
+        return memory[: math.prod(self._shape)].reshape(self._shape)
 
 
 @lru_cache(maxsize=256)

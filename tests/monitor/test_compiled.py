@@ -286,23 +286,24 @@ def test_a_graph_takes_and_gives_no_more_than_without_a_monitor() -> None:
     assert monitored_graph == (plain, least + 1)
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("inductor", ["known", "registers otherwise", "has other graphs"])
 def test_what_inductor_writes_looks_without_the_dispatcher_where_that_can_be_had(
-    known: bool, monkeypatch: pytest.MonkeyPatch
+    inductor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an inductor that is not as it is known it looks by way of that, and sees the same."""
     model = net()
-    if not known:
+    if inductor != "known":
         from torch._inductor import lowering  # noqa: PLC0415 - it imports the compiler
 
         monkeypatch.delitem(lowering.lowerings, torch.ops.guardserve.look.default, raising=False)
         shorten = compiled._shorten.__wrapped__
-        monkeypatch.setattr(compiled, "_shorten", lambda _: shorten(object()))
+        other = mock.Mock(wraps=lowering, V=mock.Mock(graph=object())) if inductor == "has other graphs" else object()
+        monkeypatch.setattr(compiled, "_shorten", lambda _: shorten(other))
     looked = mock.Mock(side_effect=compiled._look_quickly)
     monkeypatch.setattr(torch.ops.guardserve.look, "quick", looked)
     inputs = batches(2, 2, 2)
     assert_same(watch(model, torch.compile(model), inputs), watch(model, model, inputs))
-    assert looked.call_count == (9 if known else 0)
+    assert looked.call_count == (9 if inductor == "known" else 0)
 
 
 def test_a_graph_reads_for_no_monitor_but_those_of_now() -> None:
