@@ -38,7 +38,7 @@ static void *read_array(PyObject *array, int size, int flags, int64_t *rows, int
     if (lent && (lent->axes != 2 || lent->kind != 'f' || lent->size != size || (lent->flags & flags) != flags ||
                  (lent->shape[0] > 1 && lent->strides[0] % size) ||
                  (lent->shape[0] > 0 && lent->shape[1] > 1 && lent->strides[1] != size)))
-        PyErr_Format(PyExc_ValueError, "it takes plain arrays of %d-byte floats, of two axes, each row side by side", size);
+        PyErr_Format(PyExc_ValueError, "it takes plain arrays of %d-byte floats, of two axes, rows side by side", size);
     else if (lent) {
         values = lent->data;
         *rows = lent->shape[0];
