@@ -1,6 +1,6 @@
 """Builds the part that is written in C; all else is in pyproject.toml."""
 
-import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -8,7 +8,7 @@ setup(
     ext_modules=[
         Extension(
             "guardserve.native",
-            sorted(glob.glob("native/*.c")),
+            sorted(map(str, Path("native").glob("*.c"))),
             depends=["native/native.h"],
             extra_compile_args=["-std=c11", "-O3", "-fopenmp-simd", "-fvisibility=hidden"],
             py_limited_api=True,
